@@ -1,0 +1,182 @@
+"""Shared-prefix attention against plain attention over concatenated keys, and packed groups against separate rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vsr1.ops import last_backend
+from vsr1.ops.prefix import group_block_mask, shared_prefix_attention
+
+
+def tensors(groups=2, group=3, heads=4, key_heads=2, queries=1, prefix=7, suffix=5, width=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    rows = groups * group
+    shapes = [
+        (rows, heads, queries, width),
+        (groups, key_heads, prefix, width),
+        (groups, key_heads, prefix, width),
+        (rows, key_heads, suffix, width),
+        (rows, key_heads, suffix, width),
+    ]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def plain(q, k_prefix, v_prefix, k_suffix, v_suffix, group, prefix_mask=None, suffix_mask=None, scale=None):
+    """Every row with its own copy of the prefix, through torch's attention."""
+    rows, _, queries, _ = q.shape
+    k = torch.cat([k_prefix.repeat_interleave(group, 0), k_suffix], 2)
+    v = torch.cat([v_prefix.repeat_interleave(group, 0), v_suffix], 2)
+    seen = torch.ones(rows, queries, k.shape[2], dtype=torch.bool)
+    prefix = k_prefix.shape[2]
+    if prefix_mask is not None:
+        seen[..., :prefix] = prefix_mask.repeat_interleave(group, 0)[:, None]
+    if suffix_mask is not None:
+        seen[..., prefix:] = suffix_mask if suffix_mask.dim() == 3 else suffix_mask[:, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=True)
+
+
+CASES = {
+    "decode": {},
+    "G1": {"group": 1},
+    "no-gqa": {"key_heads": 4},
+    "one-key-head": {"key_heads": 1},
+    "L3": {"queries": 3},
+    "no-prefix": {"prefix": 0},
+    "no-suffix": {"suffix": 0},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_equals_attention_over_concatenated_keys(case, masked):
+    inputs = tensors(**case)
+    group, (rows, _, queries, _) = case.get("group", 3), inputs[0].shape
+    prefix, suffix = inputs[1].shape[2], inputs[3].shape[2]
+    masks = {}
+    if masked:
+        generator = torch.Generator().manual_seed(1)
+        masks["prefix_mask"] = torch.rand(rows // group, prefix, generator=generator) < 0.7
+        masks["suffix_mask"] = torch.rand(rows, queries, suffix, generator=generator) < 0.7
+        if prefix:
+            masks["prefix_mask"][:, 0] = True
+        else:
+            masks["suffix_mask"][..., 0] = True
+    out = shared_prefix_attention(*inputs, group=group, scale=0.4, **masks)
+    truth = plain(*inputs, group, scale=0.4, **masks)
+    torch.testing.assert_close(out, truth)
+    up = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(torch.autograd.grad(out, inputs, up), torch.autograd.grad(truth, inputs, up))
+    assert last_backend() == "reference"
+
+
+def test_row_mask_and_default_scale():
+    inputs = tensors()
+    lengths = torch.tensor([1, 2, 3, 4, 5, 5])
+    mask = torch.arange(5) < lengths[:, None]
+    out = shared_prefix_attention(*inputs, group=3, suffix_mask=mask)
+    torch.testing.assert_close(out, plain(*inputs, 3, suffix_mask=mask))
+
+
+def test_gradcheck():
+    inputs = tensors(groups=1, group=2, heads=2, key_heads=1, queries=2, prefix=3, suffix=2, width=2)
+    triangle = torch.ones(2, 2, dtype=torch.bool).tril().expand(2, 2, 2)
+    assert torch.autograd.gradcheck(lambda *a: shared_prefix_attention(*a, group=2, suffix_mask=triangle), inputs)
+
+
+def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
+    inputs = tensors()
+    prefix_mask = torch.tensor([[False] * 7, [True] * 7])
+    suffix_mask = torch.ones(6, 5, dtype=torch.bool)
+    suffix_mask[1] = False
+    out = shared_prefix_attention(*inputs, group=3, prefix_mask=prefix_mask, suffix_mask=suffix_mask)
+    assert out[1].abs().max() == 0
+    assert out[[0, 2, 3, 4, 5]].abs().min() > 0
+    out.sum().backward()
+    assert inputs[0].grad[1].abs().max() == 0
+    assert all(torch.isfinite(t.grad).all() for t in inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_is_at_most_one_and_a_half_times_that_of_the_plain_path(dtype):
+    inputs = tensors(prefix=65, suffix=17, width=32, dtype=dtype)
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+
+    def run(function, tensors):
+        out = function(*tensors)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+    truth = run(lambda *a: plain(*a, 3), exact)
+    naive = run(lambda *a: plain(*a, 3), inputs)
+    ours = run(lambda *a: shared_prefix_attention(*a, group=3), inputs)
+    for name, o, n, t in zip(
+        ("out", "q", "k_prefix", "v_prefix", "k_suffix", "v_suffix"), ours, naive, truth, strict=True
+    ):
+        assert o.dtype == dtype, name
+        error, allowed = (float((x.double() - t).detach().norm() / t.detach().norm()) for x in (o, n))
+        assert error <= 1.5 * allowed + 1e-7, name
+
+
+def test_packed_group_equals_separate_rows():
+    """Attention with rotary-like position dependence, so that wrong positions show as well as a wrong mask."""
+    generator = torch.Generator().manual_seed(3)
+    prefix_length, lengths = 4, [3, 0, 2, 5]
+    tokens = [torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (prefix_length, *lengths)]
+
+    def attend(x, positions, mask):
+        angle = positions[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64)
+        a, b = x[:, :4], x[:, 4:]
+        turned = torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+        return F.scaled_dot_product_attention(turned[None], turned[None], x[None], attn_mask=mask)[0]
+
+    block = group_block_mask(prefix_length, lengths)
+    packed = attend(torch.cat(tokens), block.positions, block.mask).split([prefix_length, *lengths])
+    for got, suffix in zip(packed[1:], tokens[1:], strict=True):
+        row = torch.cat([tokens[0], suffix])
+        causal = torch.ones(len(row), len(row), dtype=torch.bool).tril()
+        expected = attend(row, torch.arange(len(row)), causal)
+        torch.testing.assert_close(packed[0], expected[:prefix_length])
+        torch.testing.assert_close(got, expected[prefix_length:])
+
+
+def test_block_mask_by_hand():
+    block = group_block_mask(2, [1, 2])
+    assert block.positions.tolist() == [0, 1, 2, 2, 3]
+    assert block.mask.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+    ]
+    assert group_block_mask(3, []).positions.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="-1"):
+        group_block_mask(2, [1, -1])
+
+
+def test_is_a_well_formed_custom_op():
+    inputs = tensors(groups=1, group=2)
+    mask = torch.ones(2, 1, 5, dtype=torch.bool)
+    torch.library.opcheck(torch.ops.vsr1.shared_prefix_attention, (*inputs, None, mask, 0.5, "auto"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"q": torch.zeros(6, 4, 8)}, "q must be"),
+        ({"group": 4}, "group=4 must divide the 6 rows"),
+        ({"k_prefix": torch.zeros(3, 2, 7, 8)}, r"k_prefix must have shape \(2, Hkv, length, 8\)"),
+        ({"k_suffix": torch.zeros(6, 4, 5, 8), "v_suffix": torch.zeros(6, 4, 5, 8)}, "same number of key heads"),
+        ({"v_suffix": torch.zeros(6, 2, 4, 8)}, "v_suffix must have the shape"),
+        ({"v_prefix": torch.zeros(2, 2, 7, 8).half()}, "v_prefix is torch.float16"),
+        ({"suffix_mask": torch.zeros(6, 4, dtype=torch.bool)}, "suffix_mask must be bool"),
+        ({"prefix_mask": torch.zeros(2, 7)}, "prefix_mask must be bool"),
+        ({"backend": "nonsense"}, "nonsense"),
+    ],
+)
+def test_bad_arguments_are_named(change, says):
+    names = ("q", "k_prefix", "v_prefix", "k_suffix", "v_suffix")
+    good = dict(zip(names, (t.detach().float() for t in tensors()), strict=True))
+    with pytest.raises(ValueError, match=says):
+        shared_prefix_attention(**{**good, "group": 3, **change})

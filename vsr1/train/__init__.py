@@ -1,0 +1,1 @@
+"""Learning: supervised start, group-relative policy optimisation, and the rewards and losses both are made of."""

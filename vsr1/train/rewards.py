@@ -1,0 +1,183 @@
+"""What a roll-out is worth: pure functions of a `Trajectory`, added up by weight.
+
+Every reward reads the final executed turn, the one whose reply ended the loop. The retrieval reward needs the corpus,
+which these functions never see: the caller scans it with the queries (`final_query`, or `refined_queries` for the
+per-turn reward of the soft tokens), turns scores into probabilities with `retrieval_probability`, and passes the result
+in a `RewardContext`. Failed trajectories are not rewarded; callers mask them out first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vsr1.errors import ConfigError
+from vsr1.records import Moment, Trajectory, Turn
+
+RETRIEVAL_TEMPERATURE = 0.1
+"""Temperature of the softmax over the corpus, the one the contrastive training loss uses."""
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a reward may need beside the trajectory.
+
+    `retrieval_probability`: softmax probability of the true video under the final query, at RETRIEVAL_TEMPERATURE.
+    """
+
+    retrieval_probability: float | None = None
+
+
+RewardFunction = Callable[[Trajectory, RewardContext], float]
+
+
+def answer(trajectory: Trajectory, context: RewardContext) -> float:
+    """+1 if the verdict is right (`matched` exactly when the true video is shown), else -1, also when unparsable."""
+    return 1.0 if _answer_is_right(trajectory) else -1.0
+
+
+def think_format(trajectory: Trajectory, context: RewardContext) -> float:
+    """1 if the reply reasons in a non-empty think block, else 0."""
+    return float(bool(_final_turn(trajectory).reply.think.strip()))
+
+
+def time_format(trajectory: Trajectory, context: RewardContext) -> float:
+    """1 if `matched` comes with both times or `not_matched` with neither, else 0; 0 for an unparsable verdict."""
+    reply = _final_turn(trajectory).reply
+    given = [time is not None for time in (reply.start, reply.end)]
+    return float((reply.answer == "matched" and all(given)) or (reply.answer == "not_matched" and not any(given)))
+
+
+def time_iou(trajectory: Trajectory, context: RewardContext) -> float:
+    """Temporal IoU of a right `matched`; 0.5 for a right `not_matched` without times; 0 otherwise.
+
+    The 0.5 keeps a right rejection from being worth less than a poorly localised match. A span that is incomplete or
+    not longer than 0 s scores 0. Raises ValueError if the true span is unknown where it is needed.
+    """
+    reply = _final_turn(trajectory).reply
+    if not _answer_is_right(trajectory):
+        return 0.0
+    if reply.answer == "not_matched":
+        return 0.5 if reply.start is None and reply.end is None else 0.0
+    start, end = _true_span(trajectory.moment)
+    if reply.start is None or reply.end is None or reply.end <= reply.start:
+        return 0.0
+    shared = max(0.0, min(end, reply.end) - max(start, reply.start))
+    return shared / ((end - start) + (reply.end - reply.start) - shared)
+
+
+def refine_presence(trajectory: Trajectory, context: RewardContext) -> float:
+    """1 if the reply ends by asking for a refinement, else 0."""
+    return float(_final_turn(trajectory).reply.refine)
+
+
+def retrieval(trajectory: Trajectory, context: RewardContext) -> float:
+    """exp(-L_ret), the softmax probability of the true video under the final query (arXiv 2607.00446)."""
+    _final_turn(trajectory)
+    probability = context.retrieval_probability
+    if probability is None or not 0 <= probability <= 1 + 1e-4:  # a difference of two rounded logarithms may exceed 0
+        raise ValueError(
+            f"query '{trajectory.moment.query_id}': the retrieval reward needs a retrieval_probability in [0, 1] "
+            f"in its context; got {probability}"
+        )
+    return min(float(probability), 1.0)
+
+
+REWARDS: dict[str, RewardFunction] = {
+    "answer": answer,
+    "think_format": think_format,
+    "time_format": time_format,
+    "time_iou": time_iou,
+    "refine_presence": refine_presence,
+    "retrieval": retrieval,
+}
+
+
+def reward_function(name: str) -> RewardFunction:
+    """The reward called `name`: one of REWARDS, or `"module:function"` for one of the user's own.
+
+    Raises ConfigError naming what is known, or what is wrong with the module or the function.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ConfigError(f"unknown reward {name!r}; known: {', '.join(REWARDS)}, or 'module:function'")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute, None)
+    except ImportError as error:
+        raise ConfigError(f"reward {name!r}: module '{module_name}' does not import ({error})") from error
+    if not callable(function):
+        raise ConfigError(f"reward {name!r}: module '{module_name}' has no function '{attribute}'")
+    return function
+
+
+def total(
+    trajectory: Trajectory, weights: Mapping[str, float], context: RewardContext | None = None
+) -> tuple[float, dict[str, float]]:
+    """Weighted sum of the rewards named in `weights`, and each reward's own value before weighting.
+
+    Raises ConfigError for a name that is not a reward; ValueError for a failed trajectory, one without turns or without
+    a truth to compare with, a missing context value, or a reward that is not a finite number.
+    """
+    _final_turn(trajectory)
+    parts: dict[str, float] = {}
+    for name in weights:
+        value = float(reward_function(name)(trajectory, context or RewardContext()))
+        if not math.isfinite(value):
+            raise ValueError(f"query '{trajectory.moment.query_id}': reward {name!r} is {value}")
+        parts[name] = value
+    return sum(weight * parts[name] for name, weight in weights.items()), parts
+
+
+def retrieval_probability(
+    positive_score: Tensor, log_partition: Tensor, temperature: float = RETRIEVAL_TEMPERATURE
+) -> Tensor:
+    """exp(score / temperature - lse), (B,), from `positive_score` and `lse` of a scan at the same temperature."""
+    return (positive_score / temperature - log_partition).exp().clamp(max=1.0)
+
+
+def refined_queries(trajectory: Trajectory) -> tuple[tuple[int, ...], Tensor]:
+    """Which turns refined the query (n indices), and the queries their soft tokens led to, (n, D).
+
+    The probability of the true video under those queries is the turns' own retrieval reward, from which the latent
+    advantage is made: it credits the soft tokens of turn t with query t + 1 and with nothing that came later.
+    """
+    _final_turn(trajectory)
+    following = [turn.query for turn in trajectory.turns[1:]] + [trajectory.final_query]
+    refined = tuple(i for i, turn in enumerate(trajectory.turns) if turn.actions is not None)
+    queries = [trajectory.turns[0].query.new_empty(0, len(trajectory.turns[0].query))]
+    for i in refined:
+        query = following[i]
+        if query is None:
+            raise ValueError(f"query '{trajectory.moment.query_id}': turn {i} was refined but led to no query")
+        queries.append(query[None])
+    return refined, torch.cat(queries)
+
+
+def _final_turn(trajectory: Trajectory) -> Turn:
+    if trajectory.stop == "failed":
+        raise ValueError(
+            f"query '{trajectory.moment.query_id}' failed ({trajectory.failure}): it has no reward, mask it out first"
+        )
+    if not trajectory.turns:
+        raise ValueError(f"query '{trajectory.moment.query_id}' has no executed turn to reward")
+    return trajectory.turns[-1]
+
+
+def _answer_is_right(trajectory: Trajectory) -> bool:
+    turn, truth = _final_turn(trajectory), trajectory.moment.video_id
+    if truth is None:
+        raise ValueError(f"query '{trajectory.moment.query_id}' has no known video to compare with")
+    return turn.reply.answer == ("matched" if turn.video_id == truth else "not_matched")
+
+
+def _true_span(moment: Moment) -> tuple[float, float]:
+    if moment.start is None or moment.end is None or moment.end <= moment.start:
+        raise ValueError(f"query '{moment.query_id}' has no true span to compare with: [{moment.start}, {moment.end}]")
+    return moment.start, moment.end
