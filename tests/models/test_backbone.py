@@ -1,0 +1,129 @@
+"""The batched forward pass against transformers' own, and the cache against a full pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import Qwen3VLModel
+
+from vsr1.models import backbone, tiny
+from vsr1.models.backbone import Row
+from vsr1.models.tiny import TinyConfig
+from vsr1.models.vision import VideoEncoder
+
+
+def rows_of(embedder, frames, counts=(6, 3, 8)):
+    features = embedder.videos.encode_frames([frames(count, seed=count) for count in counts])
+    return [embedder.video_row(one) for one in features]
+
+
+def stock_inputs(embedder, frames, row, count):
+    """The same row as transformers wants it: ids, token types, pixel rows, grid."""
+    pixels, grid = embedder.videos.frames_to_rows(frames(count, seed=count).pixels)
+    ids = torch.tensor([row.token_ids])
+    types = (ids == embedder.model.config.video_token_id).int() * 2
+    return {"input_ids": ids, "mm_token_type_ids": types, "pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
+def test_hidden_states_equal_transformers(embedder, frames):
+    counts = (6, 3, 8)
+    rows = rows_of(embedder, frames, counts)
+    with torch.no_grad():
+        ours, _ = backbone.run(embedder.model, rows)
+        for index, (row, count) in enumerate(zip(rows, counts, strict=True)):
+            stock = embedder.model(**stock_inputs(embedder, frames, row, count)).last_hidden_state[0]
+            torch.testing.assert_close(ours[index, -len(row) :], stock, atol=2e-5, rtol=1e-4)
+
+
+def test_rope_positions_equal_transformers(embedder, frames):
+    rows = rows_of(embedder, frames, (5, 2))
+    for row, count in zip(rows, (5, 2), strict=True):
+        stock = stock_inputs(embedder, frames, row, count)
+        expected, delta = embedder.model.get_rope_index(
+            stock["input_ids"], stock["mm_token_type_ids"], video_grid_thw=stock["video_grid_thw"]
+        )
+        video = (stock["input_ids"] == embedder.model.config.video_token_id).numpy()
+        positions, following = backbone.rope_positions(video, video | True, torch.tensor([row.video.grid[1:]]).numpy())
+        assert (torch.from_numpy(positions) == expected).all()
+        assert following[0] == len(row) + int(delta)
+
+
+def test_deepstack_levels_reach_the_language_model(tokenizer, frames):
+    config = tiny.model_config(tokenizer, TinyConfig(hidden=64, layers=3, feed_forward=96, vision_hidden=32))
+    config.vision_config.deepstack_visual_indexes = [0, 1]
+    torch.manual_seed(0)
+    model = Qwen3VLModel(config).eval()
+    videos = VideoEncoder(model.visual, tiny.video_settings(TinyConfig()))
+    from vsr1.models.embedder import Embedder
+
+    embedder = Embedder(model, tokenizer, videos)
+    rows = rows_of(embedder, frames, (4, 6))
+    assert rows[0].video.deepstack.shape[0] == 2
+    with torch.no_grad():
+        ours, _ = backbone.run(model, rows)
+        for index, count in enumerate((4, 6)):
+            stock = model(**stock_inputs(embedder, frames, rows[index], count)).last_hidden_state[0]
+            torch.testing.assert_close(ours[index, -len(rows[index]) :], stock, atol=2e-5, rtol=1e-4)
+
+
+def test_frames_of_equal_size_go_through_attention_at_once_with_the_same_numbers(embedder, frames):
+    rows, grid = embedder.videos.frames_to_rows(frames(6).pixels)
+    with torch.no_grad():
+        fast = embedder.model.visual(rows, grid_thw=grid).pooler_output
+        for block in embedder.model.visual.blocks:
+            del block.attn.forward
+        slow = embedder.model.visual(rows, grid_thw=grid).pooler_output
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
+
+
+def test_advance_equals_a_full_pass_for_ragged_rows_and_skips_inactive_ones(embedder, frames):
+    model = embedder.model
+    rows = rows_of(embedder, frames)
+    extra = [(37, 39), (38,), (41, 42)]  # the second row sits out the second step
+    with torch.no_grad():
+        _, state = backbone.run(model, rows, keep_cache=True)
+        for step in range(2):
+            ids = torch.tensor([said[min(step, len(said) - 1)] for said in extra])
+            active = torch.tensor([len(said) > step for said in extra])
+            hidden = backbone.advance(model, state, model.get_input_embeddings()(ids), active)
+        third = torch.tensor([50, 51, 52])
+        hidden = backbone.advance(model, state, model.get_input_embeddings()(third))
+        longer = [Row((*row.token_ids, *said, int(new)), row.video) for row, said, new in zip(rows, extra, third, strict=True)]
+        full, _ = backbone.run(model, longer)
+    torch.testing.assert_close(hidden, full[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_repeat_and_select_keep_rows_apart(embedder, frames):
+    model = embedder.model
+    rows = rows_of(embedder, frames, (4, 6))
+    token = model.get_input_embeddings()(torch.tensor([35]))
+    with torch.no_grad():
+        _, state = backbone.run(model, rows, keep_cache=True)
+        twice = state.repeat(2).select(torch.tensor([3, 0]))
+        hidden = backbone.advance(model, twice, token.expand(2, -1))
+        full, _ = backbone.run(model, [Row((*row.token_ids, 35), row.video) for row in reversed(rows)])
+    torch.testing.assert_close(hidden, full[:, -1], atol=1e-5, rtol=1e-4)
+
+
+def test_soft_tokens_stand_right_behind_the_text(embedder):
+    soft = torch.randn(2, 3, embedder.dimension)
+    texts = ["a small red circle", "a circle"]
+    row = embedder.text_row(texts[0], 3)
+    before = embedder.tokenizer.decode(row.token_ids[: row.soft_start])
+    assert before.endswith("user\na small red circle")
+    with torch.no_grad():
+        table = embedder.model.get_input_embeddings()
+        for index, text in enumerate(texts):
+            row = embedder.text_row(text)
+            cut = embedder.text_row(text, 3).soft_start
+            embeds = table(torch.tensor(row.token_ids))
+            joined = torch.cat([embeds[:cut], soft[index], embeds[cut:]])[None]
+            hidden = embedder.model.language_model(inputs_embeds=joined).last_hidden_state[:, -1]
+            expected = embedder.pool(hidden)[0]
+            torch.testing.assert_close(embedder.embed_texts(texts, soft)[index], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_wrong_number_of_video_tokens_is_an_error(embedder, frames):
+    row = rows_of(embedder, frames, (4,))[0]
+    with pytest.raises(ValueError, match="placeholders"):
+        backbone.run(embedder.model, [Row(row.token_ids[:-20], row.video)])

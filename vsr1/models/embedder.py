@@ -1,0 +1,133 @@
+"""The embedder: a text, a text with soft tokens, or a video becomes one unit vector.
+
+It is a Qwen3-VL model read at its last token (as Qwen3-VL-Embedding is), frozen while the policy learns. Soft tokens
+stand right after the query text; their place is known because the template's parts are tokenised apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLModel
+
+from vsr1.models import backbone
+from vsr1.models.backbone import Row
+from vsr1.models.tokenizer import IM_END, IM_START
+from vsr1.models.vision import VideoEncoder, VideoFeatures, VideoSettings, video_token_ids
+
+INSTRUCTION = "Represent the user's input."
+
+
+class Embedder(nn.Module):
+    """Texts and videos -> unit vectors of `dimension` D. `head` maps the model's width to D (identity by default)."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        videos: VideoEncoder,
+        *,
+        head: nn.Module | None = None,
+        instruction: str = INSTRUCTION,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.query_embedder_head = head if head is not None else nn.Identity()
+        self.tokenizer = tokenizer
+        self.videos = videos
+        self.instruction = instruction
+        self._before = self._ids(f"{IM_START}system\n{instruction}{IM_END}\n{IM_START}user\n")
+        self._after = self._ids(f"{IM_END}\n{IM_START}assistant\n")
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, settings: VideoSettings | None = None) -> Embedder:
+        """Load a folder written by `save_pretrained`, or any Qwen3-VL embedding checkpoint transformers can load."""
+        folder = Path(path)
+        model = Qwen3VLModel.from_pretrained(str(path), dtype="auto").eval()
+        extra: dict[str, Any] = {}
+        if (folder / "vsr1.json").is_file():
+            extra = json.loads((folder / "vsr1.json").read_text())
+        head: nn.Module | None = None
+        if (folder / "head.safetensors").is_file():
+            weights = load_file(folder / "head.safetensors")
+            head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0], bias="bias" in weights)
+            head.load_state_dict(weights)
+        settings = settings or VideoSettings(**extra.get("video", {}))
+        videos = VideoEncoder(model.visual, settings)
+        instruction = extra.get("instruction", INSTRUCTION)
+        return cls(model, AutoTokenizer.from_pretrained(str(path)), videos, head=head, instruction=instruction)
+
+    @classmethod
+    def tiny(cls, tokenizer: PreTrainedTokenizerBase, config: Any = None, settings: VideoSettings | None = None) -> Embedder:
+        """A small embedder with random weights; `config` is a `vsr1.models.tiny.TinyConfig`."""
+        from vsr1.models import tiny
+
+        config = config or tiny.TinyConfig()
+        model = Qwen3VLModel(tiny.model_config(tokenizer, config)).eval()
+        return cls(model, tokenizer, VideoEncoder(model.visual, settings or tiny.video_settings(config)))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write weights, tokenizer and settings to the folder `path`; transformers loads the model from it too."""
+        folder = Path(path)
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if isinstance(self.query_embedder_head, nn.Linear):
+            save_file(self.query_embedder_head.state_dict(), folder / "head.safetensors")
+        extra = {"instruction": self.instruction, "video": vars(self.videos.settings)}
+        (folder / "vsr1.json").write_text(json.dumps(extra, indent=1))
+
+    @property
+    def dimension(self) -> int:
+        head = self.query_embedder_head
+        return head.out_features if isinstance(head, nn.Linear) else self.model.config.text_config.hidden_size
+
+    @property
+    def identity(self) -> str:
+        """A short fingerprint of weights and template: a corpus remembers it and refuses another embedder's queries."""
+        digest = hashlib.sha256(self.instruction.encode())
+        for name, parameter in sorted(self.named_parameters()):
+            sample = parameter.detach().flatten()[:256].float().cpu().numpy()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + sample.tobytes())
+        return digest.hexdigest()[:16]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text_row(self, text: str, soft_count: int = 0) -> Row:
+        """The input row of a query, with room for `soft_count` soft tokens right behind the text."""
+        words = self._ids(text)
+        placeholder = [self.tokenizer.pad_token_id] * soft_count
+        ids = (*self._before, *words, *placeholder, *self._after)
+        return Row(ids, soft_start=len(self._before) + len(words), soft_count=soft_count)
+
+    def video_row(self, features: VideoFeatures) -> Row:
+        """The input row of a video: its times and tokens in the place of the text."""
+        return Row((*self._before, *video_token_ids(self.tokenizer, features), *self._after), features)
+
+    def pool(self, hidden: Tensor) -> Tensor:
+        """Hidden states of last tokens (B, H) -> unit vectors (B, D) fp32."""
+        return F.normalize(self.query_embedder_head(hidden).float(), dim=-1)
+
+    def embed_rows(self, rows: Sequence[Row], soft: Tensor | None = None) -> Tensor:
+        """Rows -> unit vectors (B, D) fp32, differentiable in `soft` (B, n, E) and, when trainable, in the weights."""
+        if not rows:
+            return torch.empty(0, self.dimension, device=self.videos.device)
+        hidden, _ = backbone.run(self.model, rows, soft=soft)
+        return self.pool(hidden[:, -1])
+
+    def embed_texts(self, texts: Sequence[str], soft: Tensor | None = None) -> Tensor:
+        """Query texts, each followed by its soft tokens `soft` (B, n, E) if given -> unit vectors (B, D) fp32."""
+        count = 0 if soft is None else soft.shape[1]
+        return self.embed_rows([self.text_row(text, count) for text in texts], soft if count else None)
+
+    def embed_videos(self, features: Sequence[VideoFeatures]) -> Tensor:
+        """Encoded videos -> unit vectors (B, D) fp32."""
+        return self.embed_rows([self.video_row(video) for video in features])

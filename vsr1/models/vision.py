@@ -1,0 +1,215 @@
+"""From a video file to the vision tower's tokens: decode, cut into patches, encode, remember.
+
+A `VideoEncoder` owns the frozen tower and the sampling settings. It answers with `VideoFeatures`, the tower's output for
+one video plus the true time of every frame pair, and keeps them in memory within a byte budget, because a video is shown
+to the policy many times and the tower does not change.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
+
+from vsr1.errors import VideoError
+from vsr1.models.tokenizer import VIDEO_PAD, VISION_END, VISION_START
+from vsr1.ops.patches import frames_to_patches, smart_size
+from vsr1.video import Frames, decode_many
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """How a video is sampled for the models. fps in frames per second, pixels per frame as height x width."""
+
+    fps: float = 1.0
+    max_frames: int = 64
+    min_pixels: int = 128 * 32 * 32
+    max_pixels: int = 256 * 32 * 32
+
+
+@dataclass(frozen=True)
+class VideoFeatures:
+    """The vision tower's output for one video.
+
+    tokens (t*h*w, H); deepstack (levels, t*h*w, H); grid (t, h, w) after merging; seconds: t true times, the mean of
+    each pair of frames; duration in seconds.
+    """
+
+    tokens: Tensor
+    deepstack: Tensor
+    grid: tuple[int, int, int]
+    seconds: tuple[float, ...]
+    duration: float
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in (self.tokens, self.deepstack))
+
+
+def pair_seconds(seconds: Tensor, temporal: int = 2) -> tuple[float, ...]:
+    """Frame times (T,) in seconds -> the mean time of each temporal patch; a short last patch repeats its last frame."""
+    short = -len(seconds) % temporal
+    padded = torch.cat([seconds, seconds[-1:].expand(short)])
+    return tuple(padded.view(-1, temporal).mean(1).tolist())
+
+
+def video_token_ids(tokenizer: PreTrainedTokenizerBase, features: VideoFeatures) -> list[int]:
+    """Qwen3-VL's text for a video: before each frame pair its time, then the placeholders of its tokens."""
+    frames, height, width = features.grid
+    frame = VISION_START + VIDEO_PAD * (height * width) + VISION_END
+    text = "".join(f"<{second:.1f} seconds>{frame}" for second in features.seconds[:frames])
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class VideoEncoder:
+    """Encodes video files with a frozen vision tower; results are cached by path, least recently used out first."""
+
+    def __init__(self, visual: nn.Module, settings: VideoSettings, *, cache_bytes: int = 1 << 30) -> None:
+        self.visual = visual
+        self.settings = settings
+        self.cache_bytes = cache_bytes
+        self.hits = self.misses = 0
+        self._cache: OrderedDict[str, VideoFeatures] = OrderedDict()
+        self._cached_bytes = 0
+        attend_equal_frames_at_once(visual)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.visual.parameters()).device
+
+    def frames_to_rows(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (T, H, W, 3) uint8 of one video -> the tower's patch rows and its (1, 3) grid."""
+        config: Any = self.visual.config
+        height, width = smart_size(
+            frames.shape[-3],
+            frames.shape[-2],
+            min_pixels=self.settings.min_pixels,
+            max_pixels=self.settings.max_pixels,
+            factor=config.patch_size * config.spatial_merge_size,
+        )
+        return frames_to_patches(
+            frames,
+            (height, width),
+            patch=config.patch_size,
+            merge=config.spatial_merge_size,
+            temporal=config.temporal_patch_size,
+        )
+
+    @torch.no_grad()
+    def encode_frames(self, videos: Sequence[Frames]) -> list[VideoFeatures]:
+        """Run the tower over decoded videos, one batch; frames of any size and number."""
+        rows, grids = zip(*(self.frames_to_rows(video.pixels.to(self.device)) for video in videos), strict=True)
+        grid = torch.cat(grids)
+        parameter = next(self.visual.parameters())
+        output = self.visual(torch.cat(rows).to(parameter.dtype), grid_thw=grid)
+        merge = self.visual.config.spatial_merge_size  # type: ignore[union-attr]
+        sizes = (grid.prod(-1) // merge**2).tolist()
+        tokens = output.pooler_output.split(sizes)
+        levels = [level.split(sizes) for level in output.deepstack_features]
+        features = []
+        for index, video in enumerate(videos):
+            t, h, w = grid[index].tolist()
+            deepstack = [level[index] for level in levels]
+            features.append(
+                VideoFeatures(
+                    tokens=tokens[index].clone(),
+                    deepstack=torch.stack(deepstack) if deepstack else tokens[index].new_empty(0, *tokens[index].shape),
+                    grid=(t, h // merge, w // merge),
+                    seconds=pair_seconds(video.seconds, self.visual.config.temporal_patch_size),  # type: ignore[union-attr]
+                    duration=video.duration,
+                )
+            )
+        return features
+
+    def encode(
+        self,
+        paths: Sequence[Path],
+        *,
+        batch: int = 32,
+        workers: int = 2,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[VideoFeatures | VideoError]:
+        """Features of each path, in order; a file that cannot be decoded gives its `VideoError` in place."""
+        keys = [str(path) for path in paths]
+        results: dict[str, VideoFeatures | VideoError] = {}
+        for key in keys:
+            if key in self._cache:
+                self._cache.move_to_end(key)
+                results[key] = self._cache[key]
+        missing = [key for key in dict.fromkeys(keys) if key not in results]
+        self.hits += len(keys) - len(missing)
+        self.misses += len(missing)
+        waiting: list[tuple[str, Frames]] = []
+        decoded = decode_many(
+            [Path(key) for key in missing],
+            workers=workers,
+            fps=self.settings.fps,
+            max_frames=self.settings.max_frames,
+        )
+        for count, (path, frames) in enumerate(decoded, 1):
+            if isinstance(frames, VideoError):
+                results[str(path)] = frames
+            else:
+                waiting.append((str(path), frames))
+            if len(waiting) == batch or (waiting and count == len(missing)):
+                for (key, _), features in zip(waiting, self.encode_frames([f for _, f in waiting]), strict=True):
+                    results[key] = features
+                    self._remember(key, features)
+                waiting.clear()
+            if progress is not None:
+                progress(count, len(missing))
+        return [results[key] for key in keys]
+
+    def _remember(self, key: str, features: VideoFeatures) -> None:
+        if features.bytes > self.cache_bytes:
+            return
+        self._cache[key] = features
+        self._cached_bytes += features.bytes
+        while self._cached_bytes > self.cache_bytes:
+            self._cached_bytes -= self._cache.popitem(last=False)[1].bytes
+
+    def forget(self) -> None:
+        """Drop every cached feature: call it when the tower's weights change."""
+        self._cache.clear()
+        self._cached_bytes = 0
+
+
+def blank(features: VideoFeatures) -> VideoFeatures:
+    """The same video with its content removed (all tokens zero): the control that shows what the pixels are worth."""
+    return VideoFeatures(
+        torch.zeros_like(features.tokens),
+        torch.zeros_like(features.deepstack),
+        features.grid,
+        features.seconds,
+        features.duration,
+    )
+
+
+def _equal_frames_attention(
+    self: Any, hidden_states: Tensor, cu_seqlens: Tensor, position_embeddings: Any = None, **kwargs: Any
+) -> Tensor:
+    """Stock vision attention, but frames of equal size go through one batched call instead of a loop over frames."""
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    if self.config._attn_implementation != "sdpa" or not bool((lengths == lengths[0]).all()):
+        return type(self).forward(self, hidden_states, cu_seqlens, position_embeddings=position_embeddings, **kwargs)
+    total, frame = hidden_states.shape[0], int(lengths[0])
+    query, key, value = self.qkv(hidden_states).reshape(total, 3, self.num_heads, -1).permute(1, 0, 2, 3).unbind(0)
+    query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+    query, key, value = (x.view(-1, frame, self.num_heads, x.shape[-1]).transpose(1, 2) for x in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scaling)
+    return self.proj(mixed.transpose(1, 2).reshape(total, -1))
+
+
+def attend_equal_frames_at_once(visual: nn.Module) -> None:
+    """Replace the per-frame attention loop of a Qwen3-VL vision tower by one batched call (same numbers, faster)."""
+    for block in visual.blocks:  # type: ignore[union-attr]
+        block.attn.forward = MethodType(_equal_frames_attention, block.attn)

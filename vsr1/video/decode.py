@@ -1,0 +1,281 @@
+"""Frames of a file at chosen presentation times: the clock is the file's own, never an index divided by a guess.
+
+`decode` turns its sampling arguments into wanted times, walks the stream once in presentation order, and keeps for
+each time the frame on display then. Where the next wanted time lies beyond a later key frame it jumps there instead
+of decoding what nobody asked for. `decode_many` does this for a list of files on a bounded pool of threads (FFmpeg
+works outside the interpreter lock) and hands errors back as values, so one bad file never ends a run.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
+
+from vsr1.errors import VideoError
+from vsr1.video.probe import MICROSECOND, duration_of, opened, quarter_turns, stamp, tick_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WORTH_A_JUMP = 2.0  # seconds; over a shorter gap reading on beats emptying the decoder and starting at a key frame
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Sampled frames of one video.
+
+    `pixels` (T, H, W, 3) uint8 RGB, upright. `seconds` (T,) float64: when each frame is first displayed, counted
+    from the video's first frame. `duration` in seconds; `source` is the file.
+    """
+
+    pixels: Tensor
+    seconds: Tensor
+    duration: float
+    source: Path
+
+    def __len__(self) -> int:
+        return int(self.seconds.shape[0])
+
+
+def decode(
+    path: str | os.PathLike[str],
+    *,
+    times: Sequence[float] | None = None,
+    fps: float | None = None,
+    count: int | None = None,
+    max_frames: int | None = None,
+    threads: int | None = None,
+) -> Frames:
+    """Decode the frames displayed at the wanted times; works for variable frame rates as for constant ones.
+
+    Exactly one of:
+        times: seconds from the first frame, ascending; a time past the end gives the last frame.
+        fps: times 0, 1/fps, 2/fps, ... below the duration.
+        count: `count` times 0, d/count, 2d/count, ... of the duration d.
+
+    Args:
+        max_frames: if `fps` wants more frames than this, take this many by the rule of `count`; with `times` or
+            `count` a plain upper limit.
+        threads: decoder threads; None takes one for small frames and one per core for large ones.
+
+    Raises:
+        ValueError: the sampling arguments contradict each other or are out of range.
+        VideoError: the file is missing, damaged, cut short before a wanted time, or holds no video.
+    """
+    _check(times, fps, count, max_frames)
+    with opened(path, threads) as (container, stream):
+        duration = duration_of(path, container, stream)
+        wanted = _wanted_times(duration, times, fps, count, max_frames)
+        pixels, seconds = _collect(path, container, stream, wanted)
+
+    import torch  # here and not above: processes that only encode or probe must not load it
+
+    return Frames(torch.from_numpy(pixels), torch.tensor(seconds, dtype=torch.float64), duration, Path(path))
+
+
+def decode_many(
+    paths: Iterable[str | os.PathLike[str]],
+    *,
+    workers: int = 0,
+    times: Sequence[float] | None = None,
+    fps: float | None = None,
+    count: int | None = None,
+    max_frames: int | None = None,
+) -> Iterator[tuple[Path, Frames | VideoError]]:
+    """Decode many files with `workers` threads (0: one per core), in the order given, one thread a file.
+
+    At most two files a worker are held decoded and unread. A file that fails yields its `VideoError` in place of
+    frames. Sampling arguments are those of `decode`.
+    """
+    _check(times, fps, count, max_frames)
+    if workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
+
+    def task(path: Path) -> Frames | VideoError:
+        try:
+            return decode(path, times=times, fps=fps, count=count, max_frames=max_frames, threads=1)
+        except VideoError as error:
+            return error
+
+    def results() -> Iterator[tuple[Path, Frames | VideoError]]:
+        number = workers or os.cpu_count() or 1
+        pending: deque[tuple[Path, Future[Frames | VideoError]]] = deque()
+        executor = ThreadPoolExecutor(number, thread_name_prefix="vsr1-decode")
+        try:
+            for path in map(Path, paths):
+                pending.append((path, executor.submit(task, path)))
+                if len(pending) >= 2 * number:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    return results()
+
+
+def _check(times: Sequence[float] | None, fps: float | None, count: int | None, max_frames: int | None) -> None:
+    given = [name for name, value in (("times", times), ("fps", fps), ("count", count)) if value is not None]
+    if len(given) != 1:
+        raise ValueError(f"give exactly one of times, fps and count; got {' and '.join(given) or 'none'}")
+    if times is not None:
+        if len(times) == 0 or not all(math.isfinite(time) and time >= 0 for time in times):
+            raise ValueError(f"times must be one or more seconds from 0 on, got {list(times)}")
+        if any(later < earlier for earlier, later in pairwise(times)):
+            raise ValueError(f"times must ascend, got {list(times)}")
+    if fps is not None and not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"fps must be above 0, got {fps}")
+    if count is not None and count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    if max_frames is not None:
+        if max_frames < 1:
+            raise ValueError(f"max_frames must be at least 1, got {max_frames}")
+        asked = len(times) if times is not None else count
+        if asked is not None and asked > max_frames:
+            raise ValueError(f"{asked} frames are asked for, but max_frames is {max_frames}")
+
+
+def _wanted_times(
+    duration: float,
+    times: Sequence[float] | None,
+    fps: float | None,
+    count: int | None,
+    max_frames: int | None,
+) -> list[float]:
+    if times is not None:
+        return [float(time) for time in times]
+    if fps is not None:
+        # The small allowance keeps 2.9999999999 s x 1 fps from becoming a fourth frame at the very end.
+        number = max(1, math.ceil(duration * fps - 1e-6))
+        if max_frames is None or number <= max_frames:
+            return [index / fps for index in range(number)]
+        count = max_frames
+    assert count is not None
+    return [index * duration / count for index in range(count)]
+
+
+def _collect(
+    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, wanted: list[float]
+) -> tuple[np.ndarray, list[float]]:
+    """The frame on display at each wanted time: pixels (T, H, W, 3) and the time each is first displayed."""
+    shown: list[np.ndarray] = []
+    seconds: list[float] = []
+    reformatter = VideoReformatter()
+    size: tuple[int, int] | None = None
+    # Half a tick: containers round 2/3 s to their clock (0.667 s in Matroska), and that frame is on display at 2/3 s.
+    allowance = tick_of(stream) / 2 + 1e-9
+
+    def take(time: float, frame: VideoFrame, repeats: int) -> None:
+        nonlocal size
+        size = size or (frame.width, frame.height)
+        # threads=1: swscale's own pool costs more than converting a frame.
+        converted = reformatter.reformat(frame, width=size[0], height=size[1], format="rgb24", threads=1)
+        upright = np.rot90(converted.to_ndarray(), quarter_turns(frame))
+        shown.extend([upright] * repeats)
+        seconds.extend([time] * repeats)
+
+    previous: tuple[float, VideoFrame] | None = None
+    for time, frame in _walk(path, container, stream, lambda: wanted[len(seconds)]):
+        due = bisect.bisect_left(wanted, time - allowance, lo=len(seconds)) - len(seconds)
+        if previous is not None and due:
+            take(*previous, due)
+        if len(seconds) == len(wanted):
+            return np.stack(shown), seconds
+        previous = (time, frame)
+    if previous is None:
+        raise VideoError(path, "no frame can be decoded")
+    _check_end(path, container, stream, *previous, wanted[-1])
+    take(*previous, len(wanted) - len(seconds))
+    return np.stack(shown), seconds
+
+
+def _walk(
+    path: str | os.PathLike[str],
+    container: InputContainer,
+    stream: VideoStream,
+    next_wanted: Callable[[], float],
+) -> Iterator[tuple[float, VideoFrame]]:
+    """Frames in presentation order with their seconds; what lies before the next wanted time may be skipped."""
+    tick = tick_of(stream)
+    frames = _frames(path, container, stream)
+    first = next(frames, None)
+    if first is None:
+        return
+    start = stamp(path, first)
+    yield 0.0, first
+    time, keys, considered = 0.0, None, 0.0
+    while True:
+        wanted = next_wanted()
+        # Once per wanted time: a jump may land on an earlier key frame than the index promised.
+        if wanted - time >= WORTH_A_JUMP and wanted > considered:
+            considered = wanted
+            if keys is None:
+                keys = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
+            last = bisect.bisect_right(keys, start + wanted / tick) - 1
+            if last > 0 and (keys[last] - start) * tick > time:
+                frames = _jump(path, container, stream, keys[: last + 1], start + wanted / tick)
+        frame = next(frames, None)
+        if frame is None:
+            return
+        time = (stamp(path, frame) - start) * tick
+        yield time, frame
+
+
+def _jump(
+    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, keys: list[int], wanted: float
+) -> Iterator[VideoFrame]:
+    """Frames from the last key frame that is displayed no later than `wanted` (ticks).
+
+    The container's index is in decoding order, so with B-frames its last entry may still be displayed too late; and
+    frames before the first key frame refer to ones that were skipped. Both are settled by looking at that key frame.
+    """
+    for key in reversed(keys):
+        container.seek(key, stream=stream)
+        frames = _frames(path, container, stream)
+        frame = next((frame for frame in frames if frame.key_frame), None)
+        if frame is not None and stamp(path, frame) <= wanted:
+            return chain([frame], frames)
+    raise VideoError(path, f"its index leads to no frame at or before {wanted * tick_of(stream):.3f} s")
+
+
+def _frames(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
+    for packet in container.demux(stream):
+        if packet.is_corrupt:
+            raise VideoError(path, "a damaged frame (truncated file?)")
+        yield from stream.decode(packet)
+
+
+def _check_end(
+    path: str | os.PathLike[str],
+    container: InputContainer,
+    stream: VideoStream,
+    time: float,
+    frame: VideoFrame,
+    wanted: float,
+) -> None:
+    """Refuse a stream that ends before a wanted time it promised: the last frame is held to the end, not beyond."""
+    if stream.duration:
+        promised = stream.duration * tick_of(stream)
+    elif container.duration and len(container.streams) == 1:
+        promised = container.duration * MICROSECOND
+    else:
+        return
+    step = (frame.duration or 0) * tick_of(stream)
+    if wanted >= time + step and promised - (time + step) > max(0.1, 1.5 * step):
+        raise VideoError(path, f"ends at {time + step:.2f} s of {promised:.2f} s (truncated?)")

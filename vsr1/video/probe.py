@@ -1,0 +1,133 @@
+"""What a video file says about itself. `opened` is the one door to PyAV: every failure leaves it as a `VideoError`.
+
+`probe` and `decode` both go through `opened`, which checks the path, opens the container, finds the video stream and
+turns whatever FFmpeg raises meanwhile into one error that names the file and the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import av.error
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from vsr1.errors import VideoError
+
+MICROSECOND = 1e-6  # the unit of a container's duration
+SMALL_AREA = 256 * 256  # pixels; below it starting decoder threads costs more than the decoding
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """A video as it is displayed: `seconds` of duration, `frames` in the file, mean `fps`, `width` x `height` pixels.
+
+    `width` and `height` are those after `rotation` (degrees counter-clockwise, a multiple of 90).
+    """
+
+    path: Path
+    seconds: float
+    frames: int
+    fps: float
+    width: int
+    height: int
+    codec: str
+    rotation: int
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open the first video stream of a local file for decoding with `threads` threads (None: one if it is small).
+
+    Raises:
+        VideoError: the file is missing, a folder, empty, no video, or FFmpeg fails inside the block.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise VideoError(path, "is a folder, not a video file")
+    try:
+        if file.stat().st_size == 0:
+            raise VideoError(path, "the file is empty")
+        # An absolute path is never read as a protocol ("a:b.mp4"); the white list keeps playlists off the network.
+        with av.open(
+            os.path.abspath(file), options={"protocol_whitelist": "file"}, metadata_errors="replace"
+        ) as container:
+            if not container.streams.video:
+                raise VideoError(path, "holds no video stream")
+            stream = container.streams.video[0]
+            if not stream.codec_context.width:
+                raise VideoError(path, "holds a video stream without a readable header (truncated?)")
+            small = stream.codec_context.width * stream.codec_context.height <= SMALL_AREA
+            stream.codec_context.thread_count = (1 if small else 0) if threads is None else threads
+            stream.codec_context.thread_type = "NONE" if stream.codec_context.thread_count == 1 else "AUTO"
+            yield container, stream
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(path, error.strerror or str(error)) from error
+
+
+def stamp(path: str | os.PathLike[str], frame: VideoFrame) -> int:
+    """The presentation time of a frame in ticks of its time base; containers without one (AVI) store it as dts."""
+    ticks = frame.pts if frame.pts is not None else frame.dts
+    if ticks is None:
+        raise VideoError(path, "its frames carry no presentation times; copy the stream into an mp4 or mkv file")
+    return ticks
+
+
+def tick_of(stream: VideoStream) -> float:
+    """Seconds of one tick of the stream's clock."""
+    return float(stream.time_base or 0)
+
+
+def quarter_turns(frame: VideoFrame) -> int:
+    """How many quarter turns counter-clockwise the stored frame needs to stand upright, 0..3."""
+    return round(frame.rotation / 90) % 4
+
+
+def duration_of(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> float:
+    """Seconds from the first displayed frame to the end of the last, from the header or, failing that, the packets."""
+    if stream.duration:
+        return stream.duration * tick_of(stream)
+    if container.duration:
+        return container.duration * MICROSECOND
+    return count_packets(path, container, stream)[1]
+
+
+def count_packets(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> tuple[int, float]:
+    """Read the whole stream without decoding and rewind: number of frames, and seconds they cover."""
+    number, first, last = 0, None, None
+    for packet in container.demux(stream):
+        if packet.size == 0:
+            continue
+        number += 1
+        ticks = packet.pts if packet.pts is not None else packet.dts
+        if ticks is not None:
+            first = ticks if first is None else min(first, ticks)
+            last = ticks + (packet.duration or 0) if last is None else max(last, ticks + (packet.duration or 0))
+    if first is None or last is None:
+        raise VideoError(path, "holds no frames with a presentation time")
+    container.seek(first, stream=stream)
+    return number, (last - first) * tick_of(stream)
+
+
+def probe(path: str | os.PathLike[str]) -> VideoInfo:
+    """Describe a video file; its first frame is decoded, so a file that passes really opens.
+
+    Raises:
+        VideoError: the file is missing, damaged, or holds no video frame.
+    """
+    with opened(path) as (container, stream):
+        seconds = duration_of(path, container, stream)
+        frames = stream.frames or count_packets(path, container, stream)[0]
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise VideoError(path, "no frame can be decoded")
+        turns = quarter_turns(frame)
+        width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
+        fps = float(stream.average_rate) if stream.average_rate else frames / seconds
+        return VideoInfo(Path(path), seconds, frames, fps, width, height, stream.codec_context.name, 90 * turns)
