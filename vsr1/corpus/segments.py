@@ -1,0 +1,93 @@
+"""Vectors on disk: append-only segment files, each written once and never changed.
+
+A segment is one safetensors file with one tensor, `vectors` (M, D). It is written beside its final name, flushed to the
+disk and renamed; only the catalogue makes it part of the corpus. A file the catalogue does not name is what a killed
+writer left behind: readers never look at it, the next writer removes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from vsr1.errors import CorpusError
+
+_ASIDE = ".aside"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One committed file of vectors: its number, file name, rows and the SHA-256 of the whole file in hex."""
+
+    number: int
+    file: str
+    rows: int
+    sha256: str
+
+
+def write_segment(folder: Path, number: int, vectors: torch.Tensor) -> Segment:
+    """Writes vectors (M, D) as segment `number` of `folder`, durable when this returns."""
+    file = f"{number:06d}.safetensors"
+    aside = folder / (file + _ASIDE)
+    save_file({"vectors": vectors.contiguous()}, aside)
+    flush(aside)
+    digest = _sha256(aside)
+    aside.rename(folder / file)
+    flush(folder)
+    return Segment(number, file, len(vectors), digest)
+
+
+def read_segment(folder: Path, segment: Segment, dimension: int, dtype: torch.dtype, verify: bool) -> torch.Tensor:
+    """The vectors (M, D) of a segment; `verify` compares the file with its checksum first.
+
+    Raises CorpusError where the file is missing, changed, or holds something else.
+    """
+    path = folder / segment.file
+    way_out = "restore the folder from a copy, or build the corpus again"
+    if not path.is_file():
+        raise CorpusError(f"segment '{path}' with {segment.rows} vectors is missing: {way_out}")
+    if verify:
+        found = _sha256(path)
+        if found != segment.sha256:
+            raise CorpusError(
+                f"segment '{path}' is damaged: its SHA-256 is {found[:12]}.., the catalogue has "
+                f"{segment.sha256[:12]}..: {way_out}"
+            )
+    try:
+        vectors = load_file(path)["vectors"]
+    except (SafetensorError, KeyError) as error:
+        raise CorpusError(f"segment '{path}' cannot be read ({error}): {way_out}") from error
+    if vectors.shape != (segment.rows, dimension) or vectors.dtype != dtype:
+        raise CorpusError(
+            f"segment '{path}' holds {tuple(vectors.shape)} {vectors.dtype}, the catalogue says "
+            f"{(segment.rows, dimension)} {dtype}: {way_out}"
+        )
+    return vectors
+
+
+def remove_leftovers(folder: Path, committed: Collection[str]) -> None:
+    """Deletes segment files that no commit ever named. Only for the one who holds the catalogue's write lock."""
+    for path in folder.iterdir():
+        if path.name not in committed and path.name.removesuffix(_ASIDE).endswith(".safetensors"):
+            path.unlink()
+
+
+def flush(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,183 @@
+"""Run the loop on annotated queries and say what it is worth, controls included.
+
+A rise of R@1 after refinement proves nothing by itself: only rejected rows are refined, and any change of a wrong query can
+gain. So the method stands beside excluding the rejected video without refining, random soft tokens, and soft tokens the
+policy made before a blank or another video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vsr1.agent import rollout
+from vsr1.agent.rollout import Library, LoopSettings, Refinement, Verdict
+from vsr1.eval import metrics
+from vsr1.models.embedder import Embedder
+from vsr1.models.policy import Policy
+from vsr1.ops.corpus_scan import CorpusMatrix, scan
+from vsr1.records import Moment, Trajectory
+
+METHOD = "refinement + exclusion"
+CONTROLS: dict[str, tuple[Refinement, bool]] = {
+    "exclusion only": ("none", True),
+    "refinement only": ("soft", False),
+    "no refinement": ("none", False),
+    "random soft tokens": ("random", True),
+    "blank video": ("blank", True),
+    "shuffled video": ("shuffled", True),
+}
+
+
+@dataclass
+class EvaluationSettings:
+    """turns of the loop; at most this many queries (0 for all); bootstrap resamples."""
+
+    turns: int = 3
+    queries: int = 500
+    resamples: int = 2000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The method's trajectories and the figures drawn from them, in the shape `eval.json` stores."""
+
+    trajectories: list[Trajectory]
+    figures: dict[str, Any]
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    embedder: Embedder,
+    corpus: Library,
+    moments: Sequence[Moment],
+    settings: EvaluationSettings,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Run the method and every control on `moments` (greedy replies) and measure them."""
+    conditions: dict[str, tuple[Refinement, bool]] = {METHOD: ("soft", True), **CONTROLS}
+    said: dict[str, dict[tuple[str, str], Verdict]] = {}
+    runs: dict[str, list[Trajectory]] = {}
+    for number, (name, (refinement, exclude)) in enumerate(conditions.items()):
+        loop = LoopSettings(turns=settings.turns, refinement=refinement, exclude=exclude, batch=128)
+        loop = replace(loop, sampling=replace(loop.sampling, seed=seed))
+        # a greedy verdict depends on the pair and on what the policy sees while refining, not on how the loop searches
+        memo = said.setdefault(refinement if refinement in ("blank", "shuffled") else "as it is", {})
+
+        def tell(done: int, total: int, before: int = number) -> None:
+            if progress is not None:
+                progress(before * total + done, len(conditions) * total)
+
+        runs[name] = rollout.run(policy, embedder, corpus, moments, settings=loop, memo=memo, progress=tell)
+
+    matrix, rows = corpus.matrix(), {video_id: row for row, video_id in enumerate(corpus.video_ids)}
+    trajectories = runs[METHOD]
+    figures = metrics.summary(trajectories, settings.turns, settings.resamples)
+    # the controls are compared on the queries that none of them failed
+    failed = {index for found in runs.values() for index, one in enumerate(found) if one.stop == "failed"}
+    runs = {name: [one for index, one in enumerate(found) if index not in failed] for name, found in runs.items()}
+    found = {name: hits(runs[name], matrix, rows, exclude) for name, (_, exclude) in conditions.items()}
+    wrong = np.array([one.turns[0].rank != 1 for one in runs[METHOD]])
+    second = {name: found_second(kept) for name, kept in runs.items()}
+    figures["ablations"] = {
+        name: {
+            "R@1": metrics.bootstrap(found[name], settings.resamples).as_dict(),
+            "R@1 wrong": metrics.bootstrap(second[name][wrong], settings.resamples).as_dict(),
+            "vcmr": metrics.summary(kept, settings.turns, settings.resamples)["vcmr"],
+        }
+        for name, kept in runs.items()
+    }
+    figures["refinement_gain"] = {
+        name: metrics.paired(second[METHOD][wrong], second[name][wrong], settings.resamples).as_dict()
+        for name in CONTROLS
+    }
+    figures["by_soft_tokens"] = by_soft_tokens(policy, embedder, matrix, rows, runs[METHOD], settings.resamples)
+    return Evaluation(trajectories, figures)
+
+
+def hits(trajectories: Sequence[Trajectory], matrix: CorpusMatrix, rows: dict[str, int], exclude: bool) -> np.ndarray:
+    """1 where the right video leads the final ranking; with `exclude`, the rejected videos have left that ranking."""
+    values = []
+    for one in trajectories:
+        assert one.final_query is not None
+        assert one.moment.video_id is not None
+        rejected = [rows[turn.video_id] for turn in one.turns if turn is not one.accepted]
+        gone = torch.tensor([rejected]) if exclude and rejected else None
+        top = scan(one.final_query[None], matrix, k=1, exclude=gone).ids[0, 0]
+        values.append(float(int(top) == rows[one.moment.video_id]))
+    return np.array(values)
+
+
+def found_second(trajectories: Sequence[Trajectory]) -> np.ndarray:
+    """1 where the second video shown is the right one: what one rejection and one new search are worth."""
+    return np.array(
+        [float(len(one.turns) > 1 and one.turns[1].video_id == one.moment.video_id) for one in trajectories]
+    )
+
+
+def by_soft_tokens(
+    policy: Policy,
+    embedder: Embedder,
+    matrix: CorpusMatrix,
+    rows: dict[str, int],
+    trajectories: Sequence[Trajectory],
+    resamples: int,
+) -> list[dict[str, Any]]:
+    """R@1 over the whole corpus when the first refinement inserts only its first n soft tokens, n = 0 .. all."""
+    first = [one.turns[0] for one in trajectories]
+    refined = [index for index, turn in enumerate(first) if turn.actions is not None]
+    rank = np.array([turn.rank for turn in first])
+    curve = []
+    for count in range(policy.settings.soft_tokens + 1):
+        now = rank.copy()
+        if count and refined:
+            actions = torch.stack([_actions(first[index].actions)[:count] for index in refined])
+            texts = [trajectories[index].moment.text for index in refined]
+            vectors = embedder.embed_texts(texts, policy.head.soft_tokens(actions))
+            positive = torch.tensor([rows[trajectories[index].moment.video_id or ""] for index in refined])
+            found = scan(vectors, matrix, k=1, positive=positive).rank
+            assert found is not None
+            now[refined] = found.numpy()
+        curve.append({"tokens": count, "R@1": metrics.bootstrap(now == 1, resamples).as_dict()})
+    return curve
+
+
+def _actions(actions: Tensor | None) -> Tensor:
+    assert actions is not None
+    return actions
+
+
+def as_json(one: Trajectory) -> dict[str, Any]:
+    """A trajectory as the report and other programs read it: no tensors, times in seconds."""
+    moment = one.moment
+    return {
+        "query_id": moment.query_id,
+        "text": moment.text,
+        "video_id": moment.video_id,
+        "start": moment.start,
+        "end": moment.end,
+        "duration": moment.duration,
+        "stop": one.stop,
+        "failure": one.failure,
+        "first_rank": one.turns[0].rank if one.turns else None,
+        "final_rank": one.final_rank,
+        "turns": [
+            {
+                "video_id": turn.video_id,
+                "score": turn.score,
+                "rank": turn.rank,
+                "answer": turn.reply.answer,
+                "start": turn.reply.start,
+                "end": turn.reply.end,
+                "text": turn.text,
+            }
+            for turn in one.turns
+        ],
+    }
