@@ -66,10 +66,7 @@ def generate(policy: Policy, prompts: Sequence[Row], sampling: Sampling, *, grou
     refine = torch.zeros_like(running)
     for _ in range(sampling.max_tokens):
         logp = torch.log_softmax(policy.logits(last) / (sampling.temperature or 1.0), -1)
-        if sampling.temperature:
-            token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
-        else:
-            token = logp.argmax(-1)
+        token = torch.multinomial(logp.exp(), 1, generator=generator)[:, 0] if sampling.temperature else logp.argmax(-1)
         tokens.append(token)
         logps.append(logp.gather(1, token[:, None])[:, 0])
         spoken.append(running)

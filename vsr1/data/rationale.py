@@ -1,4 +1,4 @@
-"""Templated replies: what a careful judge would say about a rendered video, for the first stage of learning.
+"""Templated descriptions and replies: what a careful judge would say about a rendered video, for the first stage of learning.
 
 The rationale compares the video's closest event with the query one attribute at a time, in canonical words, so that every
 word of it has to be read off the video or the query. "The closest event differs in .." was tried and teaches the policy to
@@ -11,6 +11,12 @@ from vsr1.data.scene import Scene
 from vsr1.data.vocabulary import ATTRIBUTES, canonical_rewrite
 from vsr1.data.world import WorldQuery
 from vsr1.records import Reply
+
+
+def describe(scene: Scene) -> str:
+    """Everything that happens in a scene, in canonical words."""
+    events = [f"{one.start:g} to {one.end:g} s {one.size} {one.colour} {one.shape} {one.motion}" for one in scene.events]
+    return " ; ".join([*events, f"{scene.background_colour} {scene.texture}"])
 
 
 def judge(query: WorldQuery, scene: Scene) -> Reply:

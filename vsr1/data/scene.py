@@ -32,6 +32,7 @@ RADIUS = {"small": 0.12, "large": 0.225}
 GROWTH = (0.55, 1.45)
 TRAVEL = 0.28  # how far from the centre a moving object starts and ends, in widths of the frame
 SETTLE = 0.75  # seconds before its event's end at which a motion is complete, so that 1 frame/s still sees all of it
+GRAIN = 2.0  # grey levels, standard deviation
 TEXTURE_DEPTH = 26  # grey levels that stripes and dots rise above the background
 
 
@@ -82,8 +83,11 @@ def draw(scene: Scene, size_pixels: int, fps: float) -> np.ndarray:
     Frame i shows second i / fps. Small shifts of place, shade and grain differ from video to video; they depend on
     `video_id` alone, so the same scene always gives the same pixels.
     """
-    rng = np.random.default_rng(zlib.crc32(scene.video_id.encode()))
-    ground = _background(scene, size_pixels, rng)
+    seed = zlib.crc32(scene.video_id.encode())
+    rng = np.random.default_rng(seed)
+    # Grain has its own generator: it takes a number a pixel, and places must not depend on the size of the frame.
+    grain = np.random.default_rng((seed, size_pixels)).normal(0, GRAIN, (size_pixels, size_pixels))
+    ground = _background(scene, grain.astype(np.float32), rng)
     frames = np.repeat(ground.astype(np.uint8)[None], round(scene.duration * fps), axis=0)
     for event in scene.events:
         first, last = round(event.start * fps), round(event.end * fps)
@@ -95,16 +99,16 @@ def draw(scene: Scene, size_pixels: int, fps: float) -> np.ndarray:
     return frames
 
 
-def _background(scene: Scene, size_pixels: int, rng: np.random.Generator) -> np.ndarray:
-    """(H, W, 3) float32: colour, then stripes or dots that repeat every eighth of the frame, then grain."""
+def _background(scene: Scene, grain: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(H, W, 3) float32: the grain (H, W), with stripes or dots that repeat every eighth of the frame, coloured."""
+    size_pixels = len(grain)
     place = np.arange(size_pixels, dtype=np.float32) * (8 / size_pixels)
-    ground = np.full((size_pixels, size_pixels), rng.uniform(-6, 6), np.float32)
+    ground = grain + np.float32(rng.uniform(-6, 6))
     wave = np.cos(2 * np.pi * (place + np.float32(rng.uniform())))
     if scene.texture == "striped":
         ground += TEXTURE_DEPTH * (wave > 0)[:, None]
     elif scene.texture == "dotted":
         ground += 1.5 * TEXTURE_DEPTH * (wave[:, None] + wave[None, :] > 0.9)
-    ground += rng.normal(0, 2, ground.shape).astype(np.float32)
     return np.clip(ground[..., None] + np.asarray(BACKGROUND_RGB[scene.background_colour], np.float32), 0, 255)
 
 

@@ -72,7 +72,7 @@ FINE_TEMPLATES: Final = (
     "a {shape}|in {colour} colour|and {size} size|in {motion} motion|on a {texture} {background_colour} background",
     "the {size} {shape}|in {colour} colour|has {motion} motion|before a {texture} {background_colour} background",
     "look for {motion} motion|on a {texture} {background_colour} background|of a {colour} {size} {shape}",
-    "find a {texture} {background_colour} background|where a {size} {colour} {shape}|has {motion} motion",
+    "find a {background_colour} {texture} background|where a {size} {colour} {shape}|has {motion} motion",
 )
 COARSE_TEMPLATES: Final = (
     "a {colour} {shape}|with {motion} motion",

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForCondi
 
 from vsr1.models.embedder import Embedder
 from vsr1.models.refine import RefineHead
-from vsr1.models.tokenizer import REFINE
+from vsr1.models.tokenizer import REFINE, token_id
 from vsr1.models.vision import VideoEncoder, VideoSettings
 
 SYSTEM = (
@@ -59,7 +59,7 @@ class Policy(nn.Module):
         self.head = head or RefineHead(
             model.config.text_config.hidden_size, settings.soft_size, settings.embedder_size, gate=settings.gate
         )
-        self.refine_id: int = tokenizer.convert_tokens_to_ids(REFINE)
+        self.refine_id = token_id(tokenizer, REFINE)
         self.eos_id: int = tokenizer.eos_token_id
 
     @classmethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase, Qwen3VLConfig
 
-from vsr1.models.tokenizer import VIDEO_PAD, VISION_END, VISION_START
+from vsr1.models.tokenizer import VIDEO_PAD, VISION_END, VISION_START, token_id
 from vsr1.models.vision import VideoSettings
 
 
@@ -65,12 +65,11 @@ def model_config(tokenizer: PreTrainedTokenizerBase, config: TinyConfig) -> Qwen
             "num_position_embeddings": (config.pixels // config.patch) ** 2,
             "deepstack_visual_indexes": [],
         },
-        image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
-        video_token_id=tokenizer.convert_tokens_to_ids(VIDEO_PAD),
-        vision_start_token_id=tokenizer.convert_tokens_to_ids(VISION_START),
-        vision_end_token_id=tokenizer.convert_tokens_to_ids(VISION_END),
+        image_token_id=token_id(tokenizer, "<|image_pad|>"),
+        video_token_id=token_id(tokenizer, VIDEO_PAD),
+        vision_start_token_id=token_id(tokenizer, VISION_START),
+        vision_end_token_id=token_id(tokenizer, VISION_END),
         tie_word_embeddings=True,
-        attn_implementation="sdpa",
     )
 
 

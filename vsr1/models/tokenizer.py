@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 VISION_START, VISION_END, VIDEO_PAD = "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"
@@ -18,8 +18,15 @@ REFINE = "<REFINE>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, "<|vision_pad|>", "<|image_pad|>", VIDEO_PAD)
 TAGS = tuple(f"<{slash}{name}>" for name in ("think", "answer", "start", "end") for slash in ("", "/"))
 
-# Words keep their leading space; a number with at most one decimal stays whole, so that a time is one token.
-_PIECES = r" ?[A-Za-z_]+|\d{1,3}(?:\.\d)?| ?[^\sA-Za-z\d]+|\s+"
+# Words keep their leading space; a frame's time stamp, and a number with at most one decimal, stay whole: one token each.
+_PIECES = r"<\d{1,3}\.\d seconds>| ?[A-Za-z_]+|\d{1,3}(?:\.\d)?| ?[^\sA-Za-z\d]+|\s+"
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of one token of the vocabulary."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = 2048) -> PreTrainedTokenizerFast:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_vision
 
@@ -73,8 +73,8 @@ def video_token_ids(tokenizer: PreTrainedTokenizerBase, features: VideoFeatures)
 class VideoEncoder:
     """Encodes video files with a frozen vision tower; results are cached by path, least recently used out first."""
 
-    def __init__(self, visual: nn.Module, settings: VideoSettings, *, cache_bytes: int = 1 << 30) -> None:
-        self.visual = visual
+    def __init__(self, visual: Any, settings: VideoSettings, *, cache_bytes: int = 1 << 30) -> None:
+        self.visual = visual  # a Qwen3VLVisionModel
         self.settings = settings
         self.cache_bytes = cache_bytes
         self.hits = self.misses = 0
@@ -88,7 +88,7 @@ class VideoEncoder:
 
     def frames_to_rows(self, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (T, H, W, 3) uint8 of one video -> the tower's patch rows and its (1, 3) grid."""
-        config: Any = self.visual.config
+        config = self.visual.config
         height, width = smart_size(
             frames.shape[-3],
             frames.shape[-2],
@@ -111,7 +111,7 @@ class VideoEncoder:
         grid = torch.cat(grids)
         parameter = next(self.visual.parameters())
         output = self.visual(torch.cat(rows).to(parameter.dtype), grid_thw=grid)
-        merge = self.visual.config.spatial_merge_size  # type: ignore[union-attr]
+        merge = self.visual.config.spatial_merge_size
         sizes = (grid.prod(-1) // merge**2).tolist()
         tokens = output.pooler_output.split(sizes)
         levels = [level.split(sizes) for level in output.deepstack_features]
@@ -124,7 +124,7 @@ class VideoEncoder:
                     tokens=tokens[index].clone(),
                     deepstack=torch.stack(deepstack) if deepstack else tokens[index].new_empty(0, *tokens[index].shape),
                     grid=(t, h // merge, w // merge),
-                    seconds=pair_seconds(video.seconds, self.visual.config.temporal_patch_size),  # type: ignore[union-attr]
+                    seconds=pair_seconds(video.seconds, self.visual.config.temporal_patch_size),
                     duration=video.duration,
                 )
             )
@@ -209,7 +209,7 @@ def _equal_frames_attention(
     return self.proj(mixed.transpose(1, 2).reshape(total, -1))
 
 
-def attend_equal_frames_at_once(visual: nn.Module) -> None:
+def attend_equal_frames_at_once(visual: Any) -> None:
     """Replace the per-frame attention loop of a Qwen3-VL vision tower by one batched call (same numbers, faster)."""
-    for block in visual.blocks:  # type: ignore[union-attr]
+    for block in visual.blocks:
         block.attn.forward = MethodType(_equal_frames_attention, block.attn)

@@ -1,0 +1,132 @@
+"""The command line: `vsr1 train`, `vsr1 ask`, `vsr1 doctor`.
+
+Every problem a person can mend ends as one line on stderr and exit code 2; Ctrl-C ends with 130 once the work is saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vsr1.errors import ConfigError, Vsr1Error
+
+COMMANDS = "train", "ask", "doctor"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `vsr1` command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    usage = (
+        "usage: vsr1 COMMAND ...\n"
+        "  train   render a world, train on it, evaluate, report (every setting is a flag: vsr1 train --help)\n"
+        "  ask     ask a trained run for a moment: vsr1 ask runs/tiny 'a small red circle ...'\n"
+        "  doctor  what this machine can run, and why not"
+    )
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if arguments else 2
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"vsr1: unknown command '{command}'; known: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return {"train": train, "ask": ask, "doctor": doctor}[command](rest)
+
+
+def _guarded(work: Callable[[], int | None]) -> int:
+    """Run `work`; what a person can mend becomes one line and exit code 2."""
+    try:
+        return work() or 0
+    except Vsr1Error as error:
+        from vsr1.train.loop import Interrupted
+
+        print(f"vsr1: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, Interrupted):
+            print("vsr1: run the same command again to go on", file=sys.stderr)
+            return 128 + signal.SIGINT
+        return 2
+    except KeyboardInterrupt:
+        print("vsr1: stopped; finished stages and the last checkpoint are kept, the same command goes on", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def train(argv: Sequence[str]) -> int:
+    """`vsr1 train` and `python -m vsr1.train`."""
+
+    def work() -> None:
+        config = parse_train(argv)
+        from vsr1 import job
+
+        job.run(config)
+
+    return _guarded(work)
+
+
+def parse_train(argv: Sequence[str]):  # type: ignore[no-untyped-def]
+    """Flags -> `RunConfig`: `--preset NAME` or `--quick` choose the tree, every other flag changes one field."""
+    import tyro
+
+    from vsr1 import config
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--preset", default=None)
+    first.add_argument("--quick", action="store_true")
+    try:
+        chosen, rest = first.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"--preset: {error.message}") from error
+    if chosen.quick and chosen.preset not in (None, "quick"):
+        raise ConfigError(f"--quick is a preset of its own; leave out --preset {chosen.preset}")
+    default = config.preset("quick" if chosen.quick else chosen.preset or "tiny")
+    if {"-h", "--help"} & set(rest):
+        print(f"presets (--preset NAME, default tiny; --quick is one of them): {', '.join(config.PRESETS)}\n")
+        return tyro.cli(config.RunConfig, args=rest, default=default, prog="vsr1 train")
+    heard = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
+            parsed = tyro.cli(config.RunConfig, args=rest, default=default, prog="vsr1 train")
+    except SystemExit as error:
+        # tyro draws its message in a box of several lines; ours is one
+        text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", heard.getvalue()).split())
+        raise ConfigError(f"{text or 'the flags cannot be read'} (all flags: vsr1 train --help)") from error
+    config.check(parsed)
+    return parsed
+
+
+def ask(argv: Sequence[str]) -> int:
+    """`vsr1 ask RUN TEXT`: one question to a finished run."""
+
+    def work() -> None:
+        parser = argparse.ArgumentParser(prog="vsr1 ask", description="Find the video and the moment a sentence describes.")
+        parser.add_argument("run", type=Path, help="a finished run folder, as written by vsr1 train")
+        parser.add_argument("text", help="what to look for")
+        parser.add_argument("--turns", type=int, default=3, help="videos to look at, at most (default 3)")
+        arguments = parser.parse_args(list(argv))
+        from vsr1.engine import Engine
+
+        found = Engine.open_run(arguments.run).ask(arguments.text, turns=arguments.turns)
+        for number, turn in enumerate(found.turns, 1):
+            print(f"turn {number}: {turn.video_id}  score {turn.score:.3f}  {turn.reply.answer}  {turn.reply.think}")
+        accepted = found.accepted
+        if accepted is None:
+            print("not found")
+        else:
+            print(f"found: {accepted.video_id}  {accepted.reply.start} to {accepted.reply.end} s")
+
+    return _guarded(work)
+
+
+def doctor(argv: Sequence[str]) -> int:
+    """`vsr1 doctor`."""
+    from vsr1 import doctor as checks
+
+    return _guarded(lambda: checks.main())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

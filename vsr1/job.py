@@ -1,0 +1,270 @@
+"""The main job: render a world, train the retriever and the policy on it, evaluate on held-out videos, write the report.
+
+Stages run in order and each leaves one finished artefact in the run folder; a stage whose artefact is there is not run
+again, and one that was interrupted goes on from its newest checkpoint. So the same command, given again, always finishes
+the job.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from vsr1 import config as configuration
+from vsr1.config import STAGES, RunConfig
+from vsr1.corpus import Corpus
+from vsr1.data.vocabulary import all_words
+from vsr1.data.world import World, build
+from vsr1.errors import ConfigError, VideoError, Vsr1Error
+from vsr1.eval import metrics
+from vsr1.eval.evaluate import Evaluation, as_json, evaluate
+from vsr1.eval.report import write_report
+from vsr1.models.embedder import INSTRUCTION, Embedder
+from vsr1.models.policy import SHORT_SYSTEM, Policy
+from vsr1.models.tokenizer import train_tokenizer
+from vsr1.train.checkpoint import publish
+from vsr1.train.embedder import train_embedder
+from vsr1.train.grpo import train_grpo
+from vsr1.train.library import Shelf
+from vsr1.train.loop import Keeper
+from vsr1.train.monitor import Monitor, clock
+from vsr1.train.sft import train_sft
+from vsr1.train.vision import train_vision
+
+_FREE = ("run", "stage", "workers", "checkpoint_every")  # may change between two calls on one folder
+Module = TypeVar("Module", Embedder, Policy)
+
+
+def run(config: RunConfig) -> Path:
+    """Run `config` to the end of its stage; returns the run folder. Errors a person can mend are `Vsr1Error`s."""
+    configuration.check(config)
+    claim(config)
+    try:
+        with Monitor(config.run) as monitor:
+            Job(config, monitor).run()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise Vsr1Error(
+            f"the disk of '{config.run}' is full; free some space and run the same command again, nothing is lost"
+        ) from error
+    return config.run
+
+
+def claim(config: RunConfig) -> None:
+    """Make the run folder ours: new, or one of the same settings. Otherwise ConfigError says what differs."""
+    saved = config.run / "config.yaml"
+    if saved.is_file():
+        before, now = (configuration.to_dict(one) for one in (configuration.load(saved), config))
+        for key in _different(before, now):
+            if key.split(".")[0] not in _FREE:
+                raise ConfigError(
+                    f"run folder '{config.run}' was made with another '{key}'; choose another --run or delete the folder"
+                )
+        return
+    if config.run.exists() and (not config.run.is_dir() or any(config.run.iterdir())):
+        raise ConfigError(f"'{config.run}' exists and is no run folder (no config.yaml in it); choose another --run")
+    try:
+        config.run.mkdir(parents=True, exist_ok=True)
+        aside = config.run / "config.yaml.tmp"
+        configuration.save(config, aside)
+        aside.rename(saved)
+    except OSError as error:
+        raise ConfigError(f"cannot write run folder '{config.run}': {error.strerror}") from error
+
+
+def _different(one: object, other: object, where: str = "") -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = [*one, *(key for key in other if key not in one)]
+        return [name for key in keys for name in _different(one.get(key), other.get(key), f"{where}.{key}".strip("."))]
+    return [] if one == other else [where]
+
+
+class Job:
+    """The stages of one run and what they share."""
+
+    def __init__(self, config: RunConfig, monitor: Monitor) -> None:
+        self.config = config
+        self.folder = config.run
+        self.monitor = monitor
+        self.workers = config.workers or os.cpu_count() or 1
+        self.keeper = Keeper(self.folder / "checkpoints", monitor, config.checkpoint_every)
+        self._world: World | None = None
+
+    def run(self) -> None:
+        """All stages up to the configured one."""
+        last = len(STAGES) - 1 if self.config.stage == "all" else STAGES.index(self.config.stage)
+        began = time.monotonic()
+        for number, stage in enumerate(STAGES[: last + 1], 1):
+            self.monitor.say(f"[bold]\\[{number}/{last + 1}] {stage}[/bold]")
+            started = time.monotonic()
+            try:
+                getattr(self, stage)()
+            finally:
+                self._spent(stage, time.monotonic() - started)
+        self.monitor.say(f"done in {clock(time.monotonic() - began)}: {self.folder}")
+
+    def _spent(self, stage: str, seconds: float) -> None:
+        """Add to the time a stage took over all calls; `seconds.json` keeps it for the report."""
+        path = self.folder / "seconds.json"
+        spent = json.loads(path.read_text()) if path.is_file() else {}
+        spent[stage] = round(spent.get(stage, 0.0) + seconds, 1)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(spent))
+        aside.rename(path)
+
+    def world(self) -> World:
+        """The rendered world (made at most once a process)."""
+        if self._world is None:
+            config = dataclasses.replace(self.config.world, workers=self.workers)
+            with self.monitor.phase("render", 1) as phase:
+                self._world = build(self.folder / "world", config, self.config.seed, progress=phase.update)
+        return self._world
+
+    def _model(self, name: str, load: Callable[[Path], Module], make: Callable[[], Module]) -> Module:
+        """The finished model called `name`, loaded if its folder stands, else made and published."""
+        final = self.folder / "models" / name
+        if final.is_dir():
+            return load(final).eval().requires_grad_(False)
+        model = make().eval().requires_grad_(False)
+        aside = final.with_name(f".{name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside)
+        publish(aside, final)
+        return model
+
+    def embedder(self) -> Embedder:
+        """Vision warm-up, then the embedder; both frozen afterwards."""
+
+        def make() -> Embedder:
+            world = self.world()
+            torch.manual_seed(self.config.seed)
+            tokenizer = train_tokenizer(_texts())
+            embedder = Embedder.tiny(tokenizer, self.config.model)
+            train_vision(embedder.videos, world, self.config.vision, self.config.seed, self.keeper, self.workers)
+            train_embedder(embedder, world, self.config.embedder, self.config.seed, self.keeper)
+            return embedder
+
+        return self._model("embedder", Embedder.from_pretrained, make)
+
+    def corpus(self, name: str, embedder: Embedder, video_ids: Sequence[str]) -> Shelf:
+        """The corpus folder `name` of these videos, indexed at most once."""
+        folder = self.folder / "corpus" / name
+        if folder.is_dir():
+            corpus = Corpus.open(folder, embedder.identity)
+        else:
+            aside = folder.with_name(f".{name}.tmp")
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            corpus = Corpus.create(aside, embedder.dimension, embedder.identity)
+        world = self.world()
+        paths = [world.video_path(video_id) for video_id in video_ids]
+        with self.monitor.phase(f"index {name}", len(paths)) as phase:
+            features = embedder.videos.encode(paths, workers=self.workers, progress=phase.update)
+        if not folder.is_dir():
+            for begin in range(0, len(paths), 128):
+                some = features[begin : begin + 128]
+                for one in some:
+                    if isinstance(one, VideoError):
+                        raise one
+                good = [one for one in some if not isinstance(one, VideoError)]
+                with torch.no_grad():
+                    vectors = embedder.embed_videos(good)
+                part = slice(begin, begin + 128)
+                durations = [one.duration for one in good]
+                corpus.add(video_ids[part], vectors, paths=[os.path.abspath(p) for p in paths[part]], durations=durations)
+            aside.rename(folder)
+            corpus = Corpus.open(folder, embedder.identity)
+        return Shelf(corpus, embedder.videos)
+
+    def _training_shelf(self, embedder: Embedder) -> Shelf:
+        scenes = self.world().scenes("train", fold="policy")
+        return self.corpus("policy", embedder, [scene.video_id for scene in scenes])
+
+    def sft(self) -> tuple[Embedder, Policy]:
+        """Stage 1 of the policy."""
+        embedder = self.embedder()
+
+        def make() -> Policy:
+            shelf = self._training_shelf(embedder)
+            torch.manual_seed(self.config.seed)
+            policy = Policy.tiny(embedder, soft_tokens=self.config.model.soft_tokens)
+            train_sft(policy, embedder, self.world(), shelf, self.config.sft, self.config.seed, self.keeper)
+            return policy
+
+        return embedder, self._policy("policy-sft", embedder, make)
+
+    def grpo(self) -> tuple[Embedder, Policy]:
+        """Stage 2 of the policy."""
+        embedder, policy = self.sft()
+
+        def make() -> Policy:
+            shelf = self._training_shelf(embedder)
+            moments = [query.moment for query in self.world().queries("train", fold="policy")]
+            train_grpo(policy, embedder, moments, shelf, self.config.grpo, self.config.seed, self.keeper)
+            return policy
+
+        return embedder, self._policy("policy-grpo", embedder, make)
+
+    def _policy(self, name: str, embedder: Embedder, make: Callable[[], Policy]) -> Policy:
+        def load(path: Path) -> Policy:
+            return Policy.from_pretrained(path, videos=embedder.videos)
+
+        return self._model(name, load, make)
+
+    def eval(self) -> None:
+        """Both policies on the test videos; `eval.json`, `trajectories.jsonl` and `report.html`."""
+        embedder, _ = self.grpo()
+        world = self.world()
+        shelf = self.corpus("test", embedder, [scene.video_id for scene in world.scenes("test")])
+        moments = [query.moment for query in world.queries("test")]
+        moments = moments[: self.config.evaluation.queries or None]
+        found: dict[str, Evaluation] = {}
+        for stage in ("sft", "grpo"):
+            policy = self._policy(f"policy-{stage}", embedder, _absent)
+            with self.monitor.phase(f"evaluate {stage}", len(moments)) as phase:
+                settings, seed = self.config.evaluation, self.config.seed
+                found[stage] = evaluate(policy, embedder, shelf, moments, settings, seed, progress=phase.update)
+        self._write(found, len(moments), len(shelf.video_ids))
+        report = write_report(self.folder, world.video_path)
+        self.monitor.say(f"report: {report}")
+
+    def _write(self, found: dict[str, Evaluation], queries: int, corpus_size: int) -> None:
+        seconds = json.loads((self.folder / "seconds.json").read_text())
+        difference = metrics.difference(found["sft"].trajectories, found["grpo"].trajectories)
+        result = {
+            "seed": self.config.seed,
+            "split": "test",
+            "queries": queries,
+            "corpus_size": corpus_size,
+            "stages_seconds": seconds,
+            **{stage: evaluation.figures for stage, evaluation in found.items()},
+            "difference": {name: interval.as_dict() for name, interval in difference.items()},
+        }
+        lines = "".join(json.dumps(as_json(one)) + "\n" for one in found["grpo"].trajectories)
+        for name, text in (("trajectories.jsonl", lines), ("eval.json", json.dumps(result, indent=1))):
+            aside = self.folder / f"{name}.tmp"
+            aside.write_text(text)
+            aside.rename(self.folder / name)
+
+
+def _texts() -> list[str]:
+    """What the tokenizer learns from: every word of the world with and without a space before it, times, and templates."""
+    words = all_words()
+    frame = ["a = b != c ; find d", "matched not_matched", "system user assistant", 'Query: ""', "Retrieved video: "]
+    times = [f"{second} to {second + 1} s <{second}.5 seconds><{second}.0 seconds>" for second in range(64)]
+    return 2 * [" ".join(words), *words, *frame, *times, INSTRUCTION, SHORT_SYSTEM]
+
+
+def _absent() -> Policy:
+    raise Vsr1Error("a policy that should be finished is missing; run the same command again")

@@ -1,0 +1,163 @@
+"""The tiny embedder's training: first read, then meet.
+
+First the language model learns to read the frozen vision tokens: it continues a video's row with a plain description of
+all its events. Then the vector at the row's last token is pulled towards the vectors of sentences about the video and away
+from the rest of the batch, both ways (InfoNCE), while a little of the description loss stays. Without the first part the
+vector learns only the background, which is all that a random batch needs to be told apart; for the same reason every other
+batch holds few backgrounds. Sentences drop attributes at random, and some carry their canonical words behind them, as
+refined queries will. Videos of the batch that fit a sentence as well as its own are not negatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vsr1.data.rationale import describe
+from vsr1.data.scene import Scene
+from vsr1.data.vocabulary import ATTRIBUTES, canonical, sentence, values
+from vsr1.data.world import World
+from vsr1.errors import VideoError
+from vsr1.models import backbone
+from vsr1.models.backbone import Row
+from vsr1.models.embedder import Embedder
+from vsr1.ops.linear_logp import linear_logp
+from vsr1.train.loop import Keeper, Optimisation, StepResult, train
+
+
+@dataclass
+class EmbedderTraining:
+    """optimisation; videos a step and sentences a video; how InfoNCE and the description share the steps.
+
+    contrast_from: share of steps that only describe; describe_weight: of the description afterwards; backgrounds: in every
+    other contrastive batch; temperature of InfoNCE; drop: chance of an attribute to go unmentioned; keywords: chance of
+    canonical words behind a sentence.
+    """
+
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=440, learning_rate=2e-3))
+    batch: int = 48
+    sentences: int = 2
+    contrast_from: float = 0.32
+    describe_weight: float = 0.2
+    backgrounds: int = 3
+    temperature: float = 0.05
+    drop: float = 0.15
+    keywords: float = 0.3
+
+
+def matches(captions: np.ndarray, scenes: np.ndarray) -> np.ndarray:
+    """Which scene fits which sentence (S, B): sentences (S, A) classes with -1 for dropped, scenes (B, E, A) with -2 for no
+    event."""
+    wanted = captions[:, None, None, :]
+    return ((wanted == -1) | (wanted == scenes[None])).all(-1).any(-1)
+
+
+def event_codes(scenes: Sequence[Scene]) -> np.ndarray:
+    """Attribute classes of every event of every scene: (S, max events, attributes), -2 where there is no event."""
+    codes = np.full((len(scenes), max(len(scene.events) for scene in scenes), len(ATTRIBUTES)), -2)
+    for row, scene in enumerate(scenes):
+        for column in range(len(scene.events)):
+            attributes = scene.attributes(column)
+            codes[row, column] = [values(name).index(attributes[name]) for name in ATTRIBUTES]
+    return codes
+
+
+def mentioned(text: str) -> dict[str, str]:
+    """The attributes a sentence names, in canonical words."""
+    return dict(meaning for word in text.split() if (meaning := canonical(word)) is not None)
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """Sentences about the videos of a batch: texts, classes (S, A) with -1 for dropped, owner (S,) row of the batch."""
+
+    texts: list[str]
+    wanted: np.ndarray
+    owner: Tensor
+
+
+def write_sentences(scenes: Sequence[Scene], settings: EmbedderTraining, rng: Random) -> Sentences:
+    """A few fresh sentences about different events of each scene."""
+    texts, wanted, owner = [], [], []
+    for row, scene in enumerate(scenes):
+        for event in rng.sample(range(len(scene.events)), min(settings.sentences, len(scene.events))):
+            text = sentence(scene.attributes(event), rng, drop=settings.drop)
+            kept = mentioned(text)
+            if rng.random() < settings.keywords:
+                text += " " + " ".join(kept[name] for name in ATTRIBUTES if name in kept)
+            texts.append(text)
+            wanted.append([values(name).index(kept[name]) if name in kept else -1 for name in ATTRIBUTES])
+            owner.append(row)
+    return Sentences(texts, np.array(wanted), torch.tensor(owner))
+
+
+def contrast(texts: Tensor, videos: Tensor, owner: Tensor, excused: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Two-way InfoNCE of sentences texts (S, D) and videos (B, D), sentence s about video owner[s]; excused (S, B) bool
+    pairs are no negatives. Returns the loss and the scores (S, B)."""
+    scores = (texts @ videos.T / temperature).masked_fill(excused, float("-inf"))
+    right = scores.gather(1, owner[:, None])[:, 0]
+    from_text = F.cross_entropy(scores, owner)
+    # from a video, each of its sentences competes with the sentences of the others, not with its siblings
+    own = F.one_hot(owner, len(videos)).bool()
+    others = scores.masked_fill(own, float("-inf")).logsumexp(0)[owner]
+    from_video = (torch.logaddexp(others, right) - right).mean()
+    return (from_text + from_video) / 2, scores
+
+
+def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining, seed: int, keeper: Keeper) -> None:
+    """Train `embedder`'s language model on the world's "embedder" fold and leave it frozen."""
+    scenes = world.scenes("train", fold="embedder")
+    codes = event_codes(scenes)
+    backgrounds = np.array([f"{scene.background_colour} {scene.texture}" for scene in scenes])
+    paths = [world.video_path(scene.video_id) for scene in scenes]
+    with keeper.monitor.phase("encode", len(paths)) as phase:
+        features = embedder.videos.encode(paths, progress=phase.update)
+    prompts = []
+    for feature in features:
+        if isinstance(feature, VideoError):
+            raise feature
+        prompts.append(embedder.video_row(feature))
+    model = embedder.model.language_model
+
+    def step(index: int) -> StepResult:
+        rng, words = np.random.default_rng((seed, 2, index)), Random(f"{seed} embedder {index}")
+        contrasting = index >= settings.contrast_from * settings.optimisation.steps
+        few = settings.backgrounds if contrasting and index % 2 else 0
+        pick = _draw(rng, backgrounds, settings.batch, few)
+        said = [embedder.tokenizer(describe(scenes[i]), add_special_tokens=False)["input_ids"] for i in pick]
+        rows = [Row((*prompts[i].token_ids, *ids), prompts[i].video) for i, ids in zip(pick, said, strict=True)]
+        hidden, _ = backbone.run(embedder.model, rows)
+        speaking = torch.cat([row[-len(ids) - 1 : -1] for row, ids in zip(hidden, said, strict=True)])
+        spoken = torch.tensor([token for ids in said for token in ids])
+        writing = -linear_logp(speaking, model.embed_tokens.weight, spoken).logp.mean()
+        numbers = {"describe": writing.item()}
+        if not contrasting:
+            return writing, numbers
+        ends = torch.tensor([-len(ids) - 1 for ids in said])
+        videos = embedder.pool(hidden[torch.arange(len(rows)), ends])
+        about = write_sentences([scenes[i] for i in pick], settings, words)
+        fits = torch.from_numpy(matches(about.wanted, codes[pick]))
+        excused = fits & ~F.one_hot(about.owner, len(pick)).bool()
+        texts = embedder.embed_texts(about.texts)
+        loss, scores = contrast(texts, videos, about.owner, excused, settings.temperature)
+        accuracy = (scores.argmax(-1) == about.owner).float().mean().item()
+        return loss + settings.describe_weight * writing, numbers | {"contrast": loss.item(), "accuracy": accuracy}
+
+    model.train().requires_grad_(True)
+    train("embedder", model, [{"params": list(model.parameters())}], step, settings.optimisation, keeper)
+    model.eval().requires_grad_(False)
+
+
+def _draw(rng: np.random.Generator, backgrounds: np.ndarray, batch: int, few: int) -> np.ndarray:
+    """Indices of a batch; with `few` > 0 only from that many backgrounds, which then tell nothing apart."""
+    pool = np.arange(len(backgrounds))
+    if few:
+        kinds = np.unique(backgrounds)
+        pool = np.flatnonzero(np.isin(backgrounds, rng.choice(kinds, min(few, len(kinds)), replace=False)))
+    return rng.choice(pool, min(batch, len(pool)), replace=False)

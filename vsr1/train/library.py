@@ -1,0 +1,43 @@
+"""The videos a stage works with: a corpus on disk plus the vision features of its videos in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vsr1.corpus import Corpus
+from vsr1.errors import VideoError
+from vsr1.models.vision import VideoEncoder, VideoFeatures
+from vsr1.ops.corpus_scan import CorpusMatrix
+
+
+class Shelf:
+    """A `Corpus` whose videos' features are at hand; usable wherever the loop asks for a corpus."""
+
+    def __init__(self, corpus: Corpus, videos: VideoEncoder) -> None:
+        self.corpus = corpus
+        self._ids = list(corpus.video_ids)
+        self._rows = {video_id: row for row, video_id in enumerate(self._ids)}
+        self._videos = videos
+
+    @property
+    def video_ids(self) -> list[str]:
+        return self._ids
+
+    def matrix(self) -> CorpusMatrix:
+        return self.corpus.matrix()
+
+    def path(self, video_id: str) -> Path:
+        return self.corpus.path(video_id)
+
+    def row(self, video_id: str | None) -> int:
+        """The corpus row of a video."""
+        if video_id is None:
+            raise ValueError("this query has no known video")
+        return self._rows[video_id]
+
+    def features(self, video_id: str) -> VideoFeatures:
+        """The vision features of one video; raises VideoError for a file that cannot be read."""
+        (found,) = self._videos.encode([self.path(video_id)])
+        if isinstance(found, VideoError):
+            raise found
+        return found

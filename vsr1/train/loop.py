@@ -1,0 +1,130 @@
+"""The one training loop of all stages: steps, schedule, clipping, log, checkpoints, Ctrl-C.
+
+A stage brings its modules and a function that computes the loss of step i. The data of step i depends only on (seed,
+stage, i), so a resumed run sees what an unbroken one would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vsr1.errors import Vsr1Error
+from vsr1.train import checkpoint
+from vsr1.train.monitor import Monitor
+
+StepResult = tuple[Tensor | None, dict[str, float]]
+
+
+class Interrupted(Vsr1Error):
+    """The person pressed Ctrl-C; the work is saved."""
+
+
+@dataclass
+class Optimisation:
+    """AdamW with linear warm-up and cosine decay to 5 %. learning_rate is the peak."""
+
+    steps: int
+    learning_rate: float
+    warmup: int = 20
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    final_fraction: float = 0.05
+
+    def rate(self, step: int) -> float:
+        """The factor on the peak learning rate at `step`."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        part = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(part, 1.0)))
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """Where a stage's checkpoints go, how often (seconds), and who is told."""
+
+    folder: Path
+    monitor: Monitor
+    every: float = 30.0
+
+
+@contextmanager
+def ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Inside, the first Ctrl-C only raises a flag, so that a step can end and be saved; a second one kills."""
+    pressed = False
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    try:
+        before = signal.signal(signal.SIGINT, remember)
+    except ValueError:  # not the main thread: nobody can press Ctrl-C here
+        yield lambda: False
+        return
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(
+    stage: str,
+    modules: nn.Module,
+    parameters: list[dict[str, Any]],
+    step: Callable[[int], StepResult],
+    settings: Optimisation,
+    keeper: Keeper,
+    *,
+    log_every: int = 5,
+) -> None:
+    """Run `stage` from its newest checkpoint to `settings.steps`.
+
+    parameters: AdamW groups (`params`, optional `lr`). step(i) returns (loss, numbers to log), or (None, numbers) where a
+    batch has nothing to learn from: it is logged and no update is made. Raises Interrupted after Ctrl-C, once saved.
+    """
+    for group in parameters:
+        group["peak"] = group.get("lr", settings.learning_rate)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+    )
+    done = checkpoint.resume(keeper.folder, stage, modules, optimizer)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    saved = time.monotonic()
+    with ctrl_c() as pressed, keeper.monitor.phase(stage, settings.steps, done) as phase:
+        for index in range(done, settings.steps):
+            rate = settings.rate(index)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            loss, numbers = step(index)
+            if loss is not None:
+                if not bool(torch.isfinite(loss)):
+                    raise Vsr1Error(
+                        f"stage '{stage}', step {index}: the loss is {float(loss)}; lower the learning rate"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                numbers["gradient_norm"] = float(nn.utils.clip_grad_norm_(weights, settings.clip))
+                optimizer.step()
+                numbers["loss"] = loss.item()
+            if index % log_every == 0 or index + 1 == settings.steps:
+                keeper.monitor.record(stage, index, learning_rate=settings.learning_rate * rate, **numbers)
+            phase.update(index + 1, note=f"loss {numbers.get('loss', float('nan')):.3f}")
+            stop = pressed()
+            if stop or time.monotonic() - saved >= keeper.every or index + 1 == settings.steps:
+                checkpoint.save(keeper.folder, stage, index + 1, modules, optimizer)
+                saved = time.monotonic()
+            if stop and index + 1 < settings.steps:
+                raise Interrupted(f"stopped in stage '{stage}' after step {index + 1} of {settings.steps}; it is saved")
