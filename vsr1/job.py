@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -48,16 +49,40 @@ def run(config: RunConfig) -> Path:
     """Run `config` to the end of its stage; returns the run folder. Errors a person can mend are `Vsr1Error`s."""
     configuration.check(config)
     claim(config)
-    try:
-        with Monitor(config.run) as monitor:
-            Job(config, monitor).run()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise Vsr1Error(
-            f"the disk of '{config.run}' is full; free some space and run the same command again, nothing is lost"
-        ) from error
+    with _Disk(config.run), Monitor(config.run) as monitor:
+        Job(config, monitor).run()
     return config.run
+
+
+class _Disk:
+    """Tells a full or read-only disk from other errors; safetensors, torch and sqlite each raise their own for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Vsr1Error):
+            return
+        cause = error
+        while cause is not None:
+            if _full(cause):
+                raise Vsr1Error(
+                    f"the disk of '{self.folder}' is full; free some space and run the same command again, nothing is lost"
+                ) from error
+            if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise Vsr1Error(f"run folder '{self.folder}': '{cause.filename}': {cause.strerror}") from error
+            cause = cause.__cause__ or cause.__context__
+
+
+def _full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(sign in str(error) for sign in (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "disk is full"))
 
 
 def claim(config: RunConfig) -> None:
@@ -71,11 +96,11 @@ def claim(config: RunConfig) -> None:
                     f"run folder '{config.run}' was made with another '{key}'; choose another --run or delete the folder"
                 )
         return
-    if config.run.exists() and (not config.run.is_dir() or any(config.run.iterdir())):
+    aside = config.run / "config.yaml.tmp"  # a call killed at once leaves this alone
+    if config.run.exists() and (not config.run.is_dir() or {*config.run.iterdir()} - {aside}):
         raise ConfigError(f"'{config.run}' exists and is no run folder (no config.yaml in it); choose another --run")
     try:
         config.run.mkdir(parents=True, exist_ok=True)
-        aside = config.run / "config.yaml.tmp"
         configuration.save(config, aside)
         aside.rename(saved)
     except OSError as error:
@@ -209,8 +234,11 @@ class Job:
         embedder, policy = self.sft()
 
         def make() -> Policy:
-            shelf = self._training_shelf(embedder)
-            moments = [query.moment for query in self.world().queries("train", fold="policy")]
+            scenes = self.world().scenes("train", fold="policy")[: self.config.grpo.videos]
+            shelf = self.corpus("grpo", embedder, [scene.video_id for scene in scenes])
+            known = set(shelf.video_ids)
+            queries = self.world().queries("train", fold="policy")
+            moments = [query.moment for query in queries if query.moment.video_id in known]
             train_grpo(policy, embedder, moments, shelf, self.config.grpo, self.config.seed, self.keeper)
             return policy
 
@@ -225,6 +253,13 @@ class Job:
     def eval(self) -> None:
         """Both policies on the test videos; `eval.json`, `trajectories.jsonl` and `report.html`."""
         embedder, _ = self.grpo()
+        if not (self.folder / "eval.json").is_file():
+            self._evaluate(embedder)
+        if not (self.folder / "report.html").is_file():
+            write_report(self.folder, self.world().video_path)
+        self.monitor.say(f"report: {self.folder / 'report.html'}")
+
+    def _evaluate(self, embedder: Embedder) -> None:
         world = self.world()
         shelf = self.corpus("test", embedder, [scene.video_id for scene in world.scenes("test")])
         moments = [query.moment for query in world.queries("test")]
@@ -236,8 +271,6 @@ class Job:
                 settings, seed = self.config.evaluation, self.config.seed
                 found[stage] = evaluate(policy, embedder, shelf, moments, settings, seed, progress=phase.update)
         self._write(found, len(moments), len(shelf.video_ids))
-        report = write_report(self.folder, world.video_path)
-        self.monitor.say(f"report: {report}")
 
     def _write(self, found: dict[str, Evaluation], queries: int, corpus_size: int) -> None:
         seconds = json.loads((self.folder / "seconds.json").read_text())

@@ -87,7 +87,7 @@ class WorldConfig:
         }
         for name, (good, wish) in checks.items():
             if not good:
-                raise ConfigError(f"world: {name} must be {wish}, got {getattr(self, name)}")
+                raise ConfigError(f"'world.{name}' must be {wish}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,13 @@ def publish(aside: Path, final: Path) -> None:
 def save(folder: Path, stage: str, step: int, modules: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
     """Write checkpoint `step` of `stage` under `folder` and drop the stage's older ones."""
     folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(f".{stage}-step-*.tmp"):
+        shutil.rmtree(leftover)
     aside = folder / f".{stage}-step-{step}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     save_model(modules, str(aside / "model.safetensors"))
-    torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step}, aside / "training.pt")
+    with (aside / "training.pt").open("wb") as file:  # given a path, torch would not say that the disk is full
+        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step}, file)
     final = folder / f"{stage}-step-{step}"
     publish(aside, final)
     for old in _all(folder, stage):

@@ -1,10 +1,10 @@
-"""The tiny embedder's training: first read, then meet.
+"""The tiny embedder's training: videos and sentences meet in one space.
 
-First the language model learns to read the frozen vision tokens: it continues a video's row with a plain description of
-all its events. Then the vector at the row's last token is pulled towards the vectors of sentences about the video and away
-from the rest of the batch, both ways (InfoNCE), while a little of the description loss stays. Without the first part the
-vector learns only the background, which is all that a random batch needs to be told apart; for the same reason every other
-batch holds few backgrounds. Sentences drop attributes at random, and some carry their canonical words behind them, as
+The vector at the last token of a video's row is pulled towards the vectors of sentences about the video and away from the
+rest of the batch, both ways (InfoNCE), while the row is continued with a plain description of all events (cross-entropy),
+which is what teaches the language model to read the frozen vision tokens: without it the vector learns only the background.
+Once it reads, the description counts less and every other batch holds few backgrounds, so that they tell nothing apart.
+(Describing first and contrasting afterwards was tried: the contrast then never leaves chance.) Sentences drop attributes at random, and some carry their canonical words behind them, as
 refined queries will. Videos of the batch that fit a sentence as well as its own are not negatives.
 """
 
@@ -35,15 +35,15 @@ from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 class EmbedderTraining:
     """optimisation; videos a step and sentences a video; how InfoNCE and the description share the steps.
 
-    contrast_from: share of steps that only describe; describe_weight: of the description afterwards; backgrounds: in every
-    other contrastive batch; temperature of InfoNCE; drop: chance of an attribute to go unmentioned; keywords: chance of
+    focus_from: share of steps after which the description weighs `describe_weight` instead of 1 and every other batch
+    holds only `backgrounds` backgrounds; temperature of InfoNCE; drop: chance of an attribute to go unmentioned; keywords: chance of
     canonical words behind a sentence.
     """
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=440, learning_rate=2e-3))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=400, learning_rate=2e-3))
     batch: int = 48
     sentences: int = 2
-    contrast_from: float = 0.32
+    focus_from: float = 0.5
     describe_weight: float = 0.2
     backgrounds: int = 3
     temperature: float = 0.05
@@ -127,8 +127,8 @@ def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining,
 
     def step(index: int) -> StepResult:
         rng, words = np.random.default_rng((seed, 2, index)), Random(f"{seed} embedder {index}")
-        contrasting = index >= settings.contrast_from * settings.optimisation.steps
-        few = settings.backgrounds if contrasting and index % 2 else 0
+        focused = index >= settings.focus_from * settings.optimisation.steps
+        few = settings.backgrounds if focused and index % 2 else 0
         pick = _draw(rng, backgrounds, settings.batch, few)
         said = [embedder.tokenizer(describe(scenes[i]), add_special_tokens=False)["input_ids"] for i in pick]
         rows = [Row((*prompts[i].token_ids, *ids), prompts[i].video) for i, ids in zip(pick, said, strict=True)]
@@ -136,9 +136,6 @@ def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining,
         speaking = torch.cat([row[-len(ids) - 1 : -1] for row, ids in zip(hidden, said, strict=True)])
         spoken = torch.tensor([token for ids in said for token in ids])
         writing = -linear_logp(speaking, model.embed_tokens.weight, spoken).logp.mean()
-        numbers = {"describe": writing.item()}
-        if not contrasting:
-            return writing, numbers
         ends = torch.tensor([-len(ids) - 1 for ids in said])
         videos = embedder.pool(hidden[torch.arange(len(rows)), ends])
         about = write_sentences([scenes[i] for i in pick], settings, words)
@@ -147,7 +144,8 @@ def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining,
         texts = embedder.embed_texts(about.texts)
         loss, scores = contrast(texts, videos, about.owner, excused, settings.temperature)
         accuracy = (scores.argmax(-1) == about.owner).float().mean().item()
-        return loss + settings.describe_weight * writing, numbers | {"contrast": loss.item(), "accuracy": accuracy}
+        weight = settings.describe_weight if focused else 1.0
+        return loss + weight * writing, {"describe": writing.item(), "contrast": loss.item(), "accuracy": accuracy}
 
     model.train().requires_grad_(True)
     train("embedder", model, [{"params": list(model.parameters())}], step, settings.optimisation, keeper)

@@ -40,17 +40,18 @@ MOST_FAILED = 0.01  # of the trajectories so far; beyond it the run stops instea
 
 @dataclass
 class GrpoTraining:
-    """optimisation; queries a step and trajectories a query; loop; loss; weights of the rewards.
+    """optimisation; videos in the corpus it searches; queries a step and trajectories a query; loop; loss; reward weights.
 
     sigma: exploration of the soft tokens, in units of their coordinates. beta: weight of the KL to the SFT policy.
     temperature: of the softmax over the corpus in the retrieval reward.
     """
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=60, learning_rate=3e-5, warmup=5, weight_decay=0.0)
+        default_factory=lambda: Optimisation(steps=50, learning_rate=3e-5, warmup=5, weight_decay=0.0)
     )
     head_learning_rate: float = 1e-4
-    queries: int = 8
+    videos: int = 400
+    queries: int = 4
     group: int = 8
     turns: int = 3
     sampling_temperature: float = 1.0

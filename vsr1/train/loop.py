@@ -126,5 +126,5 @@ def train(
             if stop or time.monotonic() - saved >= keeper.every or index + 1 == settings.steps:
                 checkpoint.save(keeper.folder, stage, index + 1, modules, optimizer)
                 saved = time.monotonic()
-            if stop and index + 1 < settings.steps:
+            if stop:
                 raise Interrupted(f"stopped in stage '{stage}' after step {index + 1} of {settings.steps}; it is saved")

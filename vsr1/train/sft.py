@@ -42,15 +42,15 @@ class SftTraining:
     refine_from: the share of steps after which the soft tokens learn; contrast_from: after which InfoNCE joins.
     """
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=480, learning_rate=1.5e-3))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=320, learning_rate=1.5e-3))
     head_learning_rate: float = 2e-3
     batch: int = 32
     matched: float = 0.5
     confusions: int = 10
     answer_weight: float = 4.0
     mark_weight: float = 2.0
-    refine_from: float = 0.3
-    contrast_from: float = 0.6
+    refine_from: float = 0.25
+    contrast_from: float = 0.5
     refine_rows: int = 12
     distillation_weight: float = 1.0
     contrast_weight: float = 0.3
@@ -111,7 +111,7 @@ def train_sft(
         examples = []
         for row, query_index in enumerate(pick):
             query = queries[query_index]
-            depth = min(int(rng.exponential(settings.confusions / 4)), settings.confusions - 1)
+            depth = min(int(rng.exponential(settings.confusions / 4)), len(confused[query_index]) - 1)
             shown = query.moment.video_id if row < settings.matched * len(pick) else confused[query_index][depth]
             assert shown is not None
             examples.append(build(policy, query, texts[row], scenes[shown], shelf.features(shown), settings))
@@ -161,8 +161,9 @@ def say_loss(policy: Policy, hidden: Tensor, examples: Sequence[Example]) -> Ten
 
 @torch.no_grad()
 def confusions(embedder: Embedder, shelf: Shelf, queries: Sequence[WorldQuery], depth: int) -> list[list[str]]:
-    """For each query the `depth` videos nearest to it that are not the right one."""
+    """For each query the `depth` videos nearest to it that are not the right one; fewer where there are no more."""
     names = list(shelf.video_ids)
+    depth = min(depth, len(names) - 1)
     nearest: list[list[str]] = []
     for begin in range(0, len(queries), 256):
         some = queries[begin : begin + 256]

@@ -26,12 +26,14 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vsr1.errors import VideoError
-from vsr1.video.probe import MICROSECOND, duration_of, opened, quarter_turns, stamp, tick_of
+from vsr1.video.probe import duration_of, opened, quarter_turns, stamp, tick_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WORTH_A_JUMP = 2.0  # seconds; over a shorter gap reading on beats emptying the decoder and starting at a key frame
+# Seconds by which a whole file may end before its header says: frames without a duration (Matroska) count as nothing.
+SHORTFALL = 0.25
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def decode(
     with opened(path, threads) as (container, stream):
         duration = duration_of(path, container, stream)
         wanted = _wanted_times(duration, times, fps, count, max_frames)
-        pixels, seconds = _collect(path, container, stream, wanted)
+        pixels, seconds = _collect(path, container, stream, duration, wanted)
 
     import torch  # here and not above: processes that only encode or probe must not load it
 
@@ -171,23 +173,21 @@ def _wanted_times(
 
 
 def _collect(
-    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, wanted: list[float]
+    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, duration: float, wanted: list[float]
 ) -> tuple[np.ndarray, list[float]]:
     """The frame on display at each wanted time: pixels (T, H, W, 3) and the time each is first displayed."""
-    shown: list[np.ndarray] = []
+    upright = _Upright()
+    pixels = np.empty(0, np.uint8)
     seconds: list[float] = []
-    reformatter = VideoReformatter()
-    size: tuple[int, int] | None = None
     # Half a tick: containers round 2/3 s to their clock (0.667 s in Matroska), and that frame is on display at 2/3 s.
     allowance = tick_of(stream) / 2 + 1e-9
 
     def take(time: float, frame: VideoFrame, repeats: int) -> None:
-        nonlocal size
-        size = size or (frame.width, frame.height)
-        # threads=1: swscale's own pool costs more than converting a frame.
-        converted = reformatter.reformat(frame, width=size[0], height=size[1], format="rgb24", threads=1)
-        upright = np.rot90(converted.to_ndarray(), quarter_turns(frame))
-        shown.extend([upright] * repeats)
+        nonlocal pixels
+        picture = upright(frame)
+        if not seconds:
+            pixels = np.empty((len(wanted), *picture.shape), np.uint8)
+        pixels[len(seconds) : len(seconds) + repeats] = picture
         seconds.extend([time] * repeats)
 
     previous: tuple[float, VideoFrame] | None = None
@@ -196,13 +196,31 @@ def _collect(
         if previous is not None and due:
             take(*previous, due)
         if len(seconds) == len(wanted):
-            return np.stack(shown), seconds
+            return pixels, seconds
         previous = (time, frame)
     if previous is None:
         raise VideoError(path, "no frame can be decoded")
-    _check_end(path, container, stream, *previous, wanted[-1])
+    end = previous[0] + (previous[1].duration or 0) * tick_of(stream)
+    # A container's duration may be that of its sound; the stream's own, or that of a film without sound, is a promise.
+    if (stream.duration or len(container.streams) == 1) and wanted[-1] >= end and duration - end > SHORTFALL:
+        raise VideoError(path, f"ends at {end:.2f} s of {duration:.2f} s (truncated?)")
     take(*previous, len(wanted) - len(seconds))
-    return np.stack(shown), seconds
+    return pixels, seconds
+
+
+class _Upright:
+    """Frames as (H, W, 3) uint8 RGB, turned upright; all get the size and the turn of the first."""
+
+    def __init__(self) -> None:
+        self._reformatter = VideoReformatter()
+        self._first: tuple[int, int, int] | None = None
+
+    def __call__(self, frame: VideoFrame) -> np.ndarray:
+        self._first = self._first or (frame.width, frame.height, quarter_turns(frame))
+        width, height, turns = self._first
+        # threads=1: swscale's own pool costs more than converting a frame.
+        converted = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
+        return np.rot90(converted.to_ndarray(), turns)
 
 
 def _walk(
@@ -259,23 +277,3 @@ def _frames(path: str | os.PathLike[str], container: InputContainer, stream: Vid
         if packet.is_corrupt:
             raise VideoError(path, "a damaged frame (truncated file?)")
         yield from stream.decode(packet)
-
-
-def _check_end(
-    path: str | os.PathLike[str],
-    container: InputContainer,
-    stream: VideoStream,
-    time: float,
-    frame: VideoFrame,
-    wanted: float,
-) -> None:
-    """Refuse a stream that ends before a wanted time it promised: the last frame is held to the end, not beyond."""
-    if stream.duration:
-        promised = stream.duration * tick_of(stream)
-    elif container.duration and len(container.streams) == 1:
-        promised = container.duration * MICROSECOND
-    else:
-        return
-    step = (frame.duration or 0) * tick_of(stream)
-    if wanted >= time + step and promised - (time + step) > max(0.1, 1.5 * step):
-        raise VideoError(path, f"ends at {time + step:.2f} s of {promised:.2f} s (truncated?)")

@@ -15,12 +15,15 @@ from pathlib import Path
 import av
 import av.error
 from av.container import InputContainer
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from vsr1.errors import VideoError
 
 MICROSECOND = 1e-6  # the unit of a container's duration
+FORMATS_WITH_DURATION = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
+NO_CLOCK = "its frames carry no presentation times; put the stream into an mp4 or mkv file"
 SMALL_AREA = 256 * 256  # pixels; below it starting decoder threads costs more than the decoding
 
 
@@ -58,9 +61,11 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
         with av.open(
             os.path.abspath(file), options={"protocol_whitelist": "file"}, metadata_errors="replace"
         ) as container:
-            if not container.streams.video:
+            # The cover picture of a music file is a video stream to FFmpeg, not to anybody else.
+            moving = [item for item in container.streams.video if not item.disposition & Disposition.attached_pic]
+            if not moving:
                 raise VideoError(path, "holds no video stream")
-            stream = container.streams.video[0]
+            stream = moving[0]
             if not stream.codec_context.width:
                 raise VideoError(path, "holds a video stream without a readable header (truncated?)")
             small = stream.codec_context.width * stream.codec_context.height <= SMALL_AREA
@@ -72,11 +77,10 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
 
 
 def stamp(path: str | os.PathLike[str], frame: VideoFrame) -> int:
-    """The presentation time of a frame in ticks of its time base; containers without one (AVI) store it as dts."""
-    ticks = frame.pts if frame.pts is not None else frame.dts
-    if ticks is None:
-        raise VideoError(path, "its frames carry no presentation times; copy the stream into an mp4 or mkv file")
-    return ticks
+    """The presentation time of a frame in ticks of its stream's clock."""
+    if frame.pts is None:
+        raise VideoError(path, NO_CLOCK)
+    return frame.pts
 
 
 def tick_of(stream: VideoStream) -> float:
@@ -90,29 +94,27 @@ def quarter_turns(frame: VideoFrame) -> int:
 
 
 def duration_of(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> float:
-    """Seconds from the first displayed frame to the end of the last, from the header or, failing that, the packets."""
-    if stream.duration:
-        return stream.duration * tick_of(stream)
-    if container.duration:
-        return container.duration * MICROSECOND
-    return count_packets(path, container, stream)[1]
+    """Seconds from the first displayed frame to the end of the last.
+
+    Taken from the header of formats that have one; for the others FFmpeg only guesses, so their packets are read.
+    """
+    if container.format.name in FORMATS_WITH_DURATION:
+        if stream.duration:
+            return stream.duration * tick_of(stream)
+        if container.duration:
+            return container.duration * MICROSECOND - max(0.0, (stream.start_time or 0) * tick_of(stream))
+    return scan(path)[1]
 
 
-def count_packets(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> tuple[int, float]:
-    """Read the whole stream without decoding and rewind: number of frames, and seconds they cover."""
-    number, first, last = 0, None, None
-    for packet in container.demux(stream):
-        if packet.size == 0:
-            continue
-        number += 1
-        ticks = packet.pts if packet.pts is not None else packet.dts
-        if ticks is not None:
-            first = ticks if first is None else min(first, ticks)
-            last = ticks + (packet.duration or 0) if last is None else max(last, ticks + (packet.duration or 0))
-    if first is None or last is None:
-        raise VideoError(path, "holds no frames with a presentation time")
-    container.seek(first, stream=stream)
-    return number, (last - first) * tick_of(stream)
+def scan(path: str | os.PathLike[str]) -> tuple[int, float]:
+    """Read the whole stream without decoding it: how many frames it has, and how many seconds they cover."""
+    with opened(path) as (container, stream):
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        starts = [packet.pts for packet in packets if packet.pts is not None]
+        ends = [packet.pts + (packet.duration or 0) for packet in packets if packet.pts is not None]
+        if not starts:
+            raise VideoError(path, NO_CLOCK)
+        return len(packets), (max(ends) - min(starts)) * tick_of(stream)
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -123,7 +125,7 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """
     with opened(path) as (container, stream):
         seconds = duration_of(path, container, stream)
-        frames = stream.frames or count_packets(path, container, stream)[0]
+        frames = stream.frames or scan(path)[0]
         frame = next(container.decode(stream), None)
         if frame is None:
             raise VideoError(path, "no frame can be decoded")
