@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from vsr1.errors import ConfigError, Vsr1Error
 
@@ -38,6 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return {"train": train, "ask": ask, "doctor": doctor}[command](rest)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (how it is used: {self.prog} --help)")
+
+
+def _no_bars() -> None:
+    """Loading a small model is no news; transformers would draw a bar for each."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
 def _guarded(work: Callable[[], int | None]) -> int:
     """Run `work`; what a person can mend becomes one line and exit code 2."""
     try:
@@ -51,7 +66,9 @@ def _guarded(work: Callable[[], int | None]) -> int:
             return 128 + signal.SIGINT
         return 2
     except KeyboardInterrupt:
-        print("vsr1: stopped; finished stages and the last checkpoint are kept, the same command goes on", file=sys.stderr)
+        print(
+            "vsr1: stopped; finished stages and the last checkpoint are kept, the same command goes on", file=sys.stderr
+        )
         return 128 + signal.SIGINT
 
 
@@ -62,6 +79,7 @@ def train(argv: Sequence[str]) -> int:
         config = parse_train(argv)
         from vsr1 import job
 
+        _no_bars()
         job.run(config)
 
     return _guarded(work)
@@ -73,13 +91,10 @@ def parse_train(argv: Sequence[str]):  # type: ignore[no-untyped-def]
 
     from vsr1 import config
 
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first = _Parser(prog="vsr1 train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=None)
     first.add_argument("--quick", action="store_true")
-    try:
-        chosen, rest = first.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"--preset: {error.message}") from error
+    chosen, rest = first.parse_known_args(list(argv))
     if chosen.quick and chosen.preset not in (None, "quick"):
         raise ConfigError(f"--quick is a preset of its own; leave out --preset {chosen.preset}")
     default = config.preset("quick" if chosen.quick else chosen.preset or "tiny")
@@ -102,12 +117,16 @@ def ask(argv: Sequence[str]) -> int:
     """`vsr1 ask RUN TEXT`: one question to a finished run."""
 
     def work() -> None:
-        parser = argparse.ArgumentParser(prog="vsr1 ask", description="Find the video and the moment a sentence describes.")
+        parser = _Parser(prog="vsr1 ask", description="Find the video and the moment a sentence describes.")
         parser.add_argument("run", type=Path, help="a finished run folder, as written by vsr1 train")
         parser.add_argument("text", help="what to look for")
         parser.add_argument("--turns", type=int, default=3, help="videos to look at, at most (default 3)")
         arguments = parser.parse_args(list(argv))
+        if arguments.turns < 1:
+            raise ConfigError(f"--turns must be at least 1, got {arguments.turns}")
         from vsr1.engine import Engine
+
+        _no_bars()
 
         found = Engine.open_run(arguments.run).ask(arguments.text, turns=arguments.turns)
         for number, turn in enumerate(found.turns, 1):

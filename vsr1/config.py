@@ -7,14 +7,18 @@ change single fields; the result is saved with the run as `config.yaml` and load
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from vsr1.data.vocabulary import ATTRIBUTES, canonical_rewrite, values
 from vsr1.data.world import WorldConfig
 from vsr1.errors import ConfigError
 from vsr1.eval.evaluate import EvaluationSettings
@@ -22,6 +26,7 @@ from vsr1.models.tiny import TinyConfig
 from vsr1.train.embedder import EmbedderTraining
 from vsr1.train.grpo import GrpoTraining
 from vsr1.train.loop import Optimisation
+from vsr1.train.rewards import reward_function
 from vsr1.train.sft import SftTraining
 from vsr1.train.vision import VisionTraining
 
@@ -58,12 +63,12 @@ def quick() -> RunConfig:
     return RunConfig(
         run=Path("runs/quick"),
         checkpoint_every=5.0,
-        world=WorldConfig(train_videos=96, validation_videos=8, test_videos=32),
-        vision=VisionTraining(optimisation=few(12), videos=48, pairs=64),
-        embedder=EmbedderTraining(optimisation=few(12), batch=16),
-        sft=SftTraining(optimisation=few(20), batch=8, refine_rows=4),
+        world=WorldConfig(train_videos=64, validation_videos=4, test_videos=24),
+        vision=VisionTraining(optimisation=few(8), videos=32, pairs=48),
+        embedder=EmbedderTraining(optimisation=few(8), batch=12),
+        sft=SftTraining(optimisation=few(12), batch=8, refine_rows=4),
         grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2),
-        evaluation=EvaluationSettings(queries=24, resamples=200),
+        evaluation=EvaluationSettings(queries=12, resamples=200),
     )
 
 
@@ -95,6 +100,9 @@ def from_dict(values: dict[str, Any], kind: type = RunConfig, where: str = "") -
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ConfigError(f"unknown key '{where}{unknown[0]}'; known here: {', '.join(known)}")
+    for name, field_ in known.items():
+        if name not in values and field_.default is MISSING and field_.default_factory is MISSING:
+            raise ConfigError(f"'{where}{name}' is missing")
     arguments = {name: _value(value, types_of[name], where + name) for name, value in values.items()}
     return kind(**arguments)
 
@@ -105,13 +113,18 @@ def _value(value: Any, kind: Any, where: str) -> Any:
             raise ConfigError(f"'{where}' must hold a table of settings, got {value!r}")
         return from_dict(value, typing.cast(type, kind), where + ".")
     if kind is Path:
+        if not isinstance(value, str):
+            raise ConfigError(f"'{where}' must be a path, got {value!r}")
         return Path(value)
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
             raise ConfigError(f"'{where}' must be one of {', '.join(typing.get_args(kind))}; got {value!r}")
         return value
     if typing.get_origin(kind) is dict:
-        return dict(value)
+        if not isinstance(value, dict):
+            raise ConfigError(f"'{where}' must hold a table, got {value!r}")
+        key_kind, value_kind = typing.get_args(kind)
+        return {_value(k, key_kind, where): _value(v, value_kind, f"{where}.{k}") for k, v in value.items()}
     if isinstance(kind, types.UnionType):
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -134,26 +147,64 @@ def load(path: Path) -> RunConfig:
         raise ConfigError(f"'{path}' is not a readable config: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"'{path}' is not a config of a run")
-    return from_dict(values)
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"'{path}': {error}") from error
+
+
+_STAGES_TRAINED = ("vision", "embedder", "sft", "grpo")
+_ABOVE_ZERO = (
+    "checkpoint_every",
+    *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("steps", "learning_rate", "clip")),
+    *(f"model.{one.name}" for one in dataclasses.fields(TinyConfig)),
+    *("vision.videos", "vision.pairs", "embedder.batch", "embedder.sentences", "embedder.temperature"),
+    *("sft.batch", "sft.head_learning_rate", "sft.confusions", "sft.refine_rows", "sft.temperature"),
+    *(
+        "grpo.videos",
+        "grpo.queries",
+        "grpo.turns",
+        "grpo.head_learning_rate",
+        "grpo.sampling_temperature",
+        "grpo.temperature",
+    ),
+    *("evaluation.turns", "evaluation.resamples"),
+)
+_NOT_BELOW_ZERO = (
+    *("seed", "workers", "evaluation.queries", "grpo.sigma", "grpo.beta", "grpo.latent_weight"),
+    *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay")),
+)
 
 
 def check(config: RunConfig) -> None:
-    """Raise ConfigError for values that no stage could work with."""
+    """Raise ConfigError for values that a stage could not work with, before the first one starts."""
 
-    def positive(where: str, value: float) -> None:
-        if not value > 0:
-            raise ConfigError(f"'{where}' must be above 0, got {value}")
+    def need(where: str, wish: str, good: Callable[[Any], bool]) -> None:
+        value = reduce(getattr, where.split("."), config)
+        if not good(value):
+            raise ConfigError(f"'{where}' must be {wish}, got {value}")
 
-    for name in ("vision", "embedder", "sft", "grpo"):
-        settings: Optimisation = getattr(config, name).optimisation
-        positive(f"{name}.optimisation.steps", settings.steps)
-        positive(f"{name}.optimisation.learning_rate", settings.learning_rate)
-    positive("sft.batch", config.sft.batch)
-    positive("embedder.batch", config.embedder.batch)
-    positive("grpo.turns", config.grpo.turns)
-    positive("evaluation.turns", config.evaluation.turns)
-    positive("checkpoint_every", config.checkpoint_every)
-    if config.grpo.group < 2:
-        raise ConfigError(f"'grpo.group' must be at least 2 for an advantage within the group, got {config.grpo.group}")
-    if not 0 < config.sft.matched < 1:
-        raise ConfigError(f"'sft.matched' must lie between 0 and 1, got {config.sft.matched}")
+    for where in _ABOVE_ZERO:
+        need(where, "above 0", lambda value: 0 < value < math.inf)
+    for where in _NOT_BELOW_ZERO:
+        need(where, "0 or more", lambda value: 0 <= value < math.inf)
+    model, world, sft = config.model, config.world, config.sft
+    need("model.hidden", "a multiple of 8 model.heads", lambda value: value % (8 * model.heads) == 0)
+    need("model.vision_hidden", "a multiple of 4 vision_heads", lambda value: value % (4 * model.vision_heads) == 0)
+    need("model.pixels", "a multiple of patch x merge", lambda value: value % (model.patch * model.merge) == 0)
+    words = len(canonical_rewrite({name: values(name)[0] for name in ATTRIBUTES}).split())
+    need("model.soft_tokens", f"{words}, one for each canonical word", lambda value: value == words)
+    need("sft.matched", "between 0 and 1", lambda value: 0 < value < 1)
+    need("sft.batch", "enough for a rejected row", lambda value: math.ceil(sft.matched * value) < value)
+    need("grpo.group", "at least 2 for an advantage within the group", lambda value: value >= 2)
+    for name in config.grpo.rewards:
+        try:
+            reward_function(name)
+        except ConfigError as error:
+            raise ConfigError(f"'grpo.rewards': {error}") from error
+    groups = -(-world.train_videos // world.duplicates)
+    first = round(groups * world.embedder_fraction) * world.duplicates
+    need("world.embedder_fraction", "above 0: both folds need videos", lambda _: first > 0)
+    if world.embedder_fraction == 1:
+        need("world.embedder_fraction", "below 1: both folds need videos", lambda _: False)
+    need("world.train_videos", "enough for two videos in the policy's fold", lambda value: value - first >= 2)

@@ -207,21 +207,19 @@ class Job:
                     vectors = embedder.embed_videos(good)
                 part = slice(begin, begin + 128)
                 durations = [one.duration for one in good]
-                corpus.add(video_ids[part], vectors, paths=[os.path.abspath(p) for p in paths[part]], durations=durations)
+                corpus.add(
+                    video_ids[part], vectors, paths=[os.path.abspath(p) for p in paths[part]], durations=durations
+                )
             aside.rename(folder)
             corpus = Corpus.open(folder, embedder.identity)
         return Shelf(corpus, embedder.videos)
-
-    def _training_shelf(self, embedder: Embedder) -> Shelf:
-        scenes = self.world().scenes("train", fold="policy")
-        return self.corpus("policy", embedder, [scene.video_id for scene in scenes])
 
     def sft(self) -> tuple[Embedder, Policy]:
         """Stage 1 of the policy."""
         embedder = self.embedder()
 
         def make() -> Policy:
-            shelf = self._training_shelf(embedder)
+            shelf = self.corpus("train", embedder, [scene.video_id for scene in self.world().scenes("train")])
             torch.manual_seed(self.config.seed)
             policy = Policy.tiny(embedder, soft_tokens=self.config.model.soft_tokens)
             train_sft(policy, embedder, self.world(), shelf, self.config.sft, self.config.seed, self.keeper)

@@ -57,7 +57,9 @@ def test_rows_stop_on_their_own_and_keep_their_log_probabilities(policy, prompts
 
 def full_soft_tokens(policy, prompt, reply):
     """The recurrence by re-reading the whole row, its soft tokens included, at every step."""
-    inputs, _, following = backbone._assemble(policy.model.model, [Row((*prompt.token_ids, *reply), prompt.video)], None)
+    inputs, _, following = backbone._assemble(
+        policy.model.model, [Row((*prompt.token_ids, *reply), prompt.video)], None
+    )
     embeds, positions = inputs["inputs_embeds"], inputs["position_ids"]
     means = []
     for step in range(policy.settings.soft_tokens):

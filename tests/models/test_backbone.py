@@ -88,7 +88,9 @@ def test_advance_equals_a_full_pass_for_ragged_rows_and_skips_inactive_ones(embe
             hidden = backbone.advance(model, state, model.get_input_embeddings()(ids), active)
         third = torch.tensor([50, 51, 52])
         hidden = backbone.advance(model, state, model.get_input_embeddings()(third))
-        longer = [Row((*row.token_ids, *said, int(new)), row.video) for row, said, new in zip(rows, extra, third, strict=True)]
+        longer = [
+            Row((*row.token_ids, *said, int(new)), row.video) for row, said, new in zip(rows, extra, third, strict=True)
+        ]
         full, _ = backbone.run(model, longer)
     torch.testing.assert_close(hidden, full[:, -1], atol=1e-5, rtol=1e-4)
 

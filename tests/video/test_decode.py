@@ -84,7 +84,7 @@ def test_jumps_over_key_frames_change_nothing(
     write_numbered: Write, read_numbers: Read, name: str, x264: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frames before, at and after two key frames, each reached by a jump and by reading on."""
-    path = write_numbered(name, EVERY_40_MS, **{"x264-params": f"{x264}:keyint=20:min-keyint=20:scenecut=0"})
+    path = write_numbered(name, EVERY_40_MS, clock=25, **{"x264-params": f"{x264}:keyint=20:min-keyint=20:scenecut=0"})
     numbers = list(range(115, 146))
     jumped = [decode(path, times=[number / 25]).pixels for number in numbers]
     assert [read_numbers(pixels)[0] for pixels in jumped] == numbers
@@ -93,14 +93,24 @@ def test_jumps_over_key_frames_change_nothing(
     assert torch.equal(torch.cat(jumped), walked)
 
 
-def test_a_jump_really_skips_frames(write_numbered: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_numbered("gop.mp4", EVERY_40_MS, g="20")
+@pytest.mark.parametrize("name", ["gop.mp4", "gop.mkv"])
+def test_a_jump_really_skips_frames(write_numbered: Write, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_numbered(name, EVERY_40_MS, g="20")
     module = importlib.import_module("vsr1.video.decode")
     walked: list[float] = []
     walk = module._walk
     monkeypatch.setattr(module, "_walk", lambda *args: (walked.append(item[0]) or item for item in walk(*args)))
     decode(path, times=[7.0])
     assert len(walked) < 60  # of 176 up to there
+
+
+def test_an_index_that_leads_too_late_is_an_error(write_numbered: Write) -> None:
+    from vsr1.video.decode import _jump
+    from vsr1.video.probe import opened
+
+    path = write_numbered("late.mkv", [5000, 5040, 5080])
+    with opened(path) as (container, stream), pytest.raises(VideoError, match="its index leads to no frame"):
+        _jump(path, container, stream, start=0, target=4000)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -28,9 +28,7 @@ _ANSWERS: dict[str, Answer] = {
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 
-def prompt(
-    tokenizer: PreTrainedTokenizerBase, query: str, video: VideoFeatures, *, system: str = SYSTEM
-) -> Row:
+def prompt(tokenizer: PreTrainedTokenizerBase, query: str, video: VideoFeatures, *, system: str = SYSTEM) -> Row:
     """The policy's input row for one query and one video, up to where its reply begins."""
 
     def ids(text: str) -> list[int]:

@@ -139,9 +139,7 @@ def stream(
             _take_turn(policy, embedder, corpus, matrix, video_ids, active, replace_seed(settings, seed), memo)
         ranks = _ranks(matrix, torch.stack([one.query for one in opened]), [one.positive for one in opened])
         for one, rank in zip(opened, ranks, strict=True):
-            yield Trajectory(
-                one.moment, tuple(one.turns), one.query, rank, one.stop or "turns", one.failure
-            )
+            yield Trajectory(one.moment, tuple(one.turns), one.query, rank, one.stop or "turns", one.failure)
         done += len(batch)
         if progress is not None:
             progress(done, len(queries))
@@ -188,7 +186,9 @@ def _take_turn(
     for one, row in zip(active, rows, strict=True):
         if row < 0:
             one.stop = "limit"  # every video has been shown
-    shown = [(one, row, score, rank) for one, row, score, rank in zip(active, rows, scores, ranks, strict=True) if row >= 0]
+    shown = [
+        (one, row, score, rank) for one, row, score, rank in zip(active, rows, scores, ranks, strict=True) if row >= 0
+    ]
     features = policy.videos.encode([Path(corpus.path(video_ids[row])) for _, row, _, _ in shown])
     looked = time.perf_counter()
 
@@ -237,7 +237,9 @@ def ask(
 ) -> list[Verdict]:
     """The policy's verdict on each (moment, video id, features); pairs already in `memo` are not asked again."""
     fresh = [
-        index for index, (moment, video_id, _) in enumerate(pairs) if memo is None or (moment.query_id, video_id) not in memo
+        index
+        for index, (moment, video_id, _) in enumerate(pairs)
+        if memo is None or (moment.query_id, video_id) not in memo
     ]
     verdicts: dict[int, Verdict] = {}
     if memo is not None:
@@ -251,9 +253,7 @@ def ask(
     return [verdicts[index] for index in range(len(pairs))]
 
 
-def _speak(
-    policy: Policy, pairs: Sequence[tuple[Moment, str, VideoFeatures]], settings: LoopSettings
-) -> list[Verdict]:
+def _speak(policy: Policy, pairs: Sequence[tuple[Moment, str, VideoFeatures]], settings: LoopSettings) -> list[Verdict]:
     """Generate replies; identical (query, video) pairs next to each other share one prefill when all groups are equal."""
     keys = [(moment.query_id, video_id) for moment, video_id, _ in pairs]
     group = settings.samples if _grouped(keys, settings.samples) else 1
@@ -263,9 +263,7 @@ def _speak(
     ]
     said = generate(policy, prompts, settings.sampling, group=group)
     texts = policy.tokenizer.batch_decode([list(ids) for ids in said.token_ids], skip_special_tokens=False)
-    replies = [
-        protocol.parse(text, duration=video.duration) for text, (_, _, video) in zip(texts, pairs, strict=True)
-    ]
+    replies = [protocol.parse(text, duration=video.duration) for text, (_, _, video) in zip(texts, pairs, strict=True)]
     wants = [index for index, reply in enumerate(replies) if reply.answer != "matched" and bool(said.refine[index])]
     latents: dict[int, Tensor] = {}
     actions: dict[int, Tensor] = {}
@@ -276,9 +274,7 @@ def _speak(
             hidden, state = _look_elsewhere(policy, prompts, group, said.token_ids, wants, settings.refinement)
         else:
             state = said.state.select(rows)
-        soft = soft_tokens(
-            policy, hidden, state, sigma=settings.sigma, noise=NoiseStream(settings.sampling.seed, 0)
-        )
+        soft = soft_tokens(policy, hidden, state, sigma=settings.sigma, noise=NoiseStream(settings.sampling.seed, 0))
         latents = dict(zip(wants, soft.means, strict=True))
         actions = dict(zip(wants, soft.actions, strict=True))
     return [

@@ -53,7 +53,7 @@ class WorldConfig:
     the words are rare synonyms, outside that fold. `workers` (0: one per core) does not change what is built.
     """
 
-    train_videos: int = 5000
+    train_videos: int = 4000
     validation_videos: int = 200
     test_videos: int = 400
     pixels: int = 64
@@ -64,7 +64,7 @@ class WorldConfig:
     max_events: int = 3
     duplicates: int = 4
     rare_fraction: float = 0.3
-    embedder_fraction: float = 0.68
+    embedder_fraction: float = 0.7
     workers: int = 0
 
     def __post_init__(self) -> None:

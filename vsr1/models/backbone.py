@@ -47,9 +47,7 @@ class State:
     def repeat(self, times: int) -> State:
         """Each row `times` times, neighbours together: one prefill serves a group of continuations."""
         self.cache.batch_repeat_interleave(times)
-        return State(
-            self.cache, self.mask.repeat_interleave(times, 0), self.next_position.repeat_interleave(times, 0)
-        )
+        return State(self.cache, self.mask.repeat_interleave(times, 0), self.next_position.repeat_interleave(times, 0))
 
     def select(self, rows: Tensor) -> State:
         """Only the rows with indices `rows` (R,) int64."""

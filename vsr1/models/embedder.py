@@ -63,10 +63,12 @@ class Embedder(nn.Module):
         settings = settings or VideoSettings(**extra.get("video", {}))
         videos = VideoEncoder(model.visual, settings)
         instruction = extra.get("instruction", INSTRUCTION)
-        return cls(model, AutoTokenizer.from_pretrained(str(path)), videos, head=head, instruction=instruction)
+        return cls(model, AutoTokenizer.from_pretrained(str(path)), videos, head=head, instruction=instruction).eval()
 
     @classmethod
-    def tiny(cls, tokenizer: PreTrainedTokenizerBase, config: Any = None, settings: VideoSettings | None = None) -> Embedder:
+    def tiny(
+        cls, tokenizer: PreTrainedTokenizerBase, config: Any = None, settings: VideoSettings | None = None
+    ) -> Embedder:
         """A small embedder with random weights; `config` is a `vsr1.models.tiny.TinyConfig`."""
         from vsr1.models import tiny
 

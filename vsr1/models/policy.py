@@ -93,7 +93,7 @@ class Policy(nn.Module):
         policy = cls(model, tokenizer, videos, settings)
         if (folder / "refine.safetensors").is_file():
             policy.head.load_state_dict(load_file(folder / "refine.safetensors"))
-        return policy
+        return policy.eval()
 
     @classmethod
     def tiny(cls, embedder: Embedder, *, soft_tokens: int = 8) -> Policy:

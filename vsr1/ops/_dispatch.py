@@ -112,6 +112,8 @@ def triton_missing() -> str | None:
     """Why Triton cannot serve here, or None. Under Triton's own interpreter mode (TRITON_INTERPRET=1) no GPU is needed."""
     if importlib.util.find_spec("triton") is None:
         return "needs triton: pip install 'vsr1[gpu]'"
+    if importlib.util.find_spec("vsr1.kernels") is None:
+        return "needs vsr1.kernels, which an installed vsr1 has: pip install -e ."
     import torch
     import triton
 

@@ -44,7 +44,7 @@ class EmbedderTraining:
     batch: int = 48
     sentences: int = 2
     focus_from: float = 0.5
-    describe_weight: float = 0.2
+    describe_weight: float = 0.5
     backgrounds: int = 3
     temperature: float = 0.05
     drop: float = 0.15
@@ -97,7 +97,9 @@ def write_sentences(scenes: Sequence[Scene], settings: EmbedderTraining, rng: Ra
     return Sentences(texts, np.array(wanted), torch.tensor(owner))
 
 
-def contrast(texts: Tensor, videos: Tensor, owner: Tensor, excused: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def contrast(
+    texts: Tensor, videos: Tensor, owner: Tensor, excused: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """Two-way InfoNCE of sentences texts (S, D) and videos (B, D), sentence s about video owner[s]; excused (S, B) bool
     pairs are no negatives. Returns the loss and the scores (S, B)."""
     scores = (texts @ videos.T / temperature).masked_fill(excused, float("-inf"))

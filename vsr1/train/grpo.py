@@ -51,10 +51,11 @@ class GrpoTraining:
     )
     head_learning_rate: float = 1e-4
     videos: int = 400
-    queries: int = 4
+    queries: int = 3
     group: int = 8
     turns: int = 3
     sampling_temperature: float = 1.0
+    max_tokens: int = 80
     loss_type: LossType = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -94,7 +95,7 @@ def train_grpo(
             turns=settings.turns,
             sigma=settings.sigma,
             samples=settings.group,
-            sampling=Sampling(settings.sampling_temperature, seed=int(rng.integers(2**31))),
+            sampling=Sampling(settings.sampling_temperature, settings.max_tokens, seed=int(rng.integers(2**31))),
         )
         policy.eval()
         found = rollout.run(policy, embedder, shelf, [moments[i] for i in pick], settings=loop)

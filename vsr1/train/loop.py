@@ -112,7 +112,7 @@ def train(
             if loss is not None:
                 if not bool(torch.isfinite(loss)):
                     raise Vsr1Error(
-                        f"stage '{stage}', step {index}: the loss is {float(loss)}; lower the learning rate"
+                        f"stage '{stage}', step {index}: the loss is {loss.item()}; lower the learning rate"
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()

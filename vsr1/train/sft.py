@@ -1,9 +1,11 @@
 """Stage 1: the policy learns to judge, to ground and to refine from templated replies.
 
-Every step shows queries with their right video (half) or with a video the frozen embedder confuses it with (half).
-Cross-entropy teaches the reply. On the rejected rows the soft tokens are rolled out over the same cache, and learn twice:
-first by distillation, to say in the embedder's input space what the query means in canonical words; then by InfoNCE of the
-refined query over the whole corpus. Rolled out from random weights they would stay inert for long.
+Every row asks, in fresh words, about one event of one training video, and shows that video (half of the rows) or one that
+the frozen embedder finds for these words; the truth of both is known, so the right reply is too. Cross-entropy teaches the
+reply. (Asking only the few queries that have one answer makes the policy memorise which videos are right.) On the rejected
+rows the soft tokens are rolled out over the same cache, and learn twice: by distillation, to say in the embedder's input
+space what the query means in canonical words; then by InfoNCE of the refined query over the whole corpus, where only one
+video answers. Rolled out from random weights they would stay inert for long.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from vsr1.agent import protocol
 from vsr1.agent.generate import soft_tokens
 from vsr1.data.rationale import judge
 from vsr1.data.scene import Scene
-from vsr1.data.vocabulary import canonical_rewrite, sentence
-from vsr1.data.world import World, WorldQuery
+from vsr1.data.vocabulary import ATTRIBUTES, canonical_rewrite, sentence
+from vsr1.data.world import World
 from vsr1.models import backbone
 from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
@@ -42,15 +44,15 @@ class SftTraining:
     refine_from: the share of steps after which the soft tokens learn; contrast_from: after which InfoNCE joins.
     """
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=320, learning_rate=1.5e-3))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=400, learning_rate=1.5e-3))
     head_learning_rate: float = 2e-3
     batch: int = 32
     matched: float = 0.5
     confusions: int = 10
     answer_weight: float = 4.0
     mark_weight: float = 2.0
-    refine_from: float = 0.25
-    contrast_from: float = 0.5
+    refine_from: float = 0.4
+    contrast_from: float = 0.6
     refine_rows: int = 12
     distillation_weight: float = 1.0
     contrast_weight: float = 0.3
@@ -59,20 +61,33 @@ class SftTraining:
 
 @dataclass(frozen=True)
 class Example:
-    """One supervised row: the prompt with its reply (without the turn-closing token), the reply's ids and weights."""
+    """One supervised row: the prompt with its reply (without the turn-closing token), the reply's ids and weights; the
+    query's words, and what they mean."""
 
     row: Row
     reply: tuple[int, ...]
     weights: tuple[float, ...]
     matched: bool
+    text: str
+    attributes: dict[str, str]
+    video_id: str
 
 
-def build(policy: Policy, query: WorldQuery, text: str, scene: Scene, video: VideoFeatures, settings: SftTraining) -> Example:
-    """The supervised row of `query`, put as `text`, before `scene`, whose features are `video`."""
-    reply = judge(query, scene)
+def build(
+    policy: Policy,
+    text: str,
+    attributes: dict[str, str],
+    video_id: str,
+    shown: Scene,
+    video: VideoFeatures,
+    settings: SftTraining,
+) -> Example:
+    """The supervised row of a query (`text`, meaning `attributes`, asked about `video_id`) before `shown`."""
+    reply = judge(attributes, shown)
     prompt = protocol.prompt(policy.tokenizer, text, video, system=policy.settings.system)
     ids, weights = reply_tokens(policy, protocol.render(reply), settings)
-    return Example(Row((*prompt.token_ids, *ids[:-1]), video), ids, weights, reply.answer == "matched")
+    row = Row((*prompt.token_ids, *ids[:-1]), video)
+    return Example(row, ids, weights, reply.answer == "matched", text, attributes, video_id)
 
 
 def reply_tokens(policy: Policy, text: str, settings: SftTraining) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -91,47 +106,86 @@ def reply_tokens(policy: Policy, text: str, settings: SftTraining) -> tuple[tupl
     return tuple(ids), tuple(weights)
 
 
+class Examples:
+    """Draws the rows of a step from all training videos."""
+
+    def __init__(
+        self, policy: Policy, embedder: Embedder, world: World, shelf: Shelf, settings: SftTraining, seed: int
+    ) -> None:
+        self.policy, self.embedder, self.shelf, self.settings, self.seed = policy, embedder, shelf, settings, seed
+        self.rare_fraction = world.config.rare_fraction
+        self.scenes = {scene.video_id: scene for scene in world.scenes("train")}
+        self.events = [(scene, number) for scene in self.scenes.values() for number in range(len(scene.events))]
+        answers: dict[tuple[str, ...], set[str]] = {}
+        for scene, number in self.events:
+            answers.setdefault(_key(scene.attributes(number)), set()).add(scene.video_id)
+        self._answers = {key: len(found) for key, found in answers.items()}
+
+    def has_one_answer(self, example: Example) -> bool:
+        """Whether only one training video shows what the example asks for."""
+        return self._answers[_key(example.attributes)] == 1
+
+    def draw(self, index: int) -> list[Example]:
+        """The rows of step `index`, the matched ones first."""
+        settings, names = self.settings, self.shelf.video_ids
+        rng, words = np.random.default_rng((self.seed, 3, index)), Random(f"{self.seed} sft {index}")
+        pick = rng.choice(len(self.events), min(settings.batch, len(self.events)), replace=False)
+        asked = [self.events[i] for i in pick]
+        texts = [sentence(one.attributes(number), words, rare_fraction=self.rare_fraction) for one, number in asked]
+        right = round(settings.matched * len(asked))
+        shown = [scene.video_id for scene, _ in asked[:right]]
+        with torch.no_grad():
+            vectors = self.embedder.embed_texts(texts[right:])
+        own = torch.tensor([[self.shelf.row(scene.video_id)] for scene, _ in asked[right:]])
+        nearest = scan(vectors, self.shelf.matrix(), k=min(settings.confusions, len(names) - 1), exclude=own).ids.tolist()
+        depths = rng.exponential(settings.confusions / 4, len(nearest))
+        shown += [names[near[min(int(depth), len(near) - 1)]] for near, depth in zip(nearest, depths, strict=True)]
+        return [
+            build(
+                self.policy,
+                text,
+                scene.attributes(number),
+                scene.video_id,
+                self.scenes[video_id],
+                self.shelf.features(video_id),
+                settings,
+            )
+            for (scene, number), text, video_id in zip(asked, texts, shown, strict=True)
+        ]
+
+
+def _key(attributes: dict[str, str]) -> tuple[str, ...]:
+    return tuple(attributes[name] for name in ATTRIBUTES)
+
+
 def train_sft(
     policy: Policy, embedder: Embedder, world: World, shelf: Shelf, settings: SftTraining, seed: int, keeper: Keeper
 ) -> None:
-    """Train `policy` (its vision tower stays frozen) on the queries of the world's "policy" fold; `shelf` is their corpus."""
-    queries = world.queries("train", fold="policy")
-    scenes = {scene.video_id: scene for scene in world.scenes("train", fold="policy")}
-    confused = confusions(embedder, shelf, queries, settings.confusions)
-    canonical = canonical_embeddings(embedder, queries, policy.settings.soft_tokens)
+    """Train `policy` (its vision tower stays frozen); `shelf` is the corpus of all training videos."""
+    examples = Examples(policy, embedder, world, shelf, settings, seed)
     matrix = shelf.matrix()
     total = settings.optimisation.steps
 
     def step(index: int) -> StepResult:
-        rng = np.random.default_rng((seed, 3, index))
-        pick = rng.choice(len(queries), min(settings.batch, len(queries)), replace=False)
-        # the queries are few; asked in fresh words every time they teach the words and not themselves
-        words = Random(f"{seed} sft {index}")
-        texts = [sentence(queries[i].attributes, words, rare_fraction=world.config.rare_fraction) for i in pick]
-        examples = []
-        for row, query_index in enumerate(pick):
-            query = queries[query_index]
-            depth = min(int(rng.exponential(settings.confusions / 4)), len(confused[query_index]) - 1)
-            shown = query.moment.video_id if row < settings.matched * len(pick) else confused[query_index][depth]
-            assert shown is not None
-            examples.append(build(policy, query, texts[row], scenes[shown], shelf.features(shown), settings))
+        drawn = examples.draw(index)
         refining = index >= settings.refine_from * total
-        hidden, state = backbone.run(policy.model.model, [one.row for one in examples], keep_cache=refining)
-        loss = say_loss(policy, hidden, examples)
+        hidden, state = backbone.run(policy.model.model, [one.row for one in drawn], keep_cache=refining)
+        loss = say_loss(policy, hidden, drawn)
         numbers = {"say": loss.item()}
-        if refining:
+        rows = [row for row, one in enumerate(drawn) if not one.matched][: settings.refine_rows]
+        if refining and rows:
             assert state is not None
-            rows = [row for row, one in enumerate(examples) if not one.matched][: settings.refine_rows]
             chosen = torch.tensor(rows)
             soft = soft_tokens(policy, hidden[chosen, -1], state.select(chosen))
             entering = policy.head.soft_tokens(soft.actions)
-            mine = pick[rows]
-            distil = distillation_loss(entering, canonical[torch.from_numpy(mine)])
+            asked = [drawn[row] for row in rows]
+            distil = distillation_loss(entering, canonical_embeddings(embedder, [one.attributes for one in asked]))
             loss = loss + settings.distillation_weight * distil
             numbers["distillation"] = distil.item()
-            if index >= settings.contrast_from * total:
-                refined = embedder.embed_texts([texts[row] for row in rows], entering)
-                positive = torch.tensor([shelf.row(queries[i].moment.video_id) for i in mine])
+            unique = torch.tensor([examples.has_one_answer(one) for one in asked])
+            if index >= settings.contrast_from * total and bool(unique.any()):
+                refined = embedder.embed_texts([one.text for one in asked], entering)[unique]
+                positive = torch.tensor([shelf.row(one.video_id) for one in asked])[unique]
                 contrast = info_nce(refined, matrix, positive, settings.temperature).mean()
                 loss = loss + settings.contrast_weight * contrast
                 numbers["contrast"] = contrast.item()
@@ -160,25 +214,12 @@ def say_loss(policy: Policy, hidden: Tensor, examples: Sequence[Example]) -> Ten
 
 
 @torch.no_grad()
-def confusions(embedder: Embedder, shelf: Shelf, queries: Sequence[WorldQuery], depth: int) -> list[list[str]]:
-    """For each query the `depth` videos nearest to it that are not the right one; fewer where there are no more."""
-    names = list(shelf.video_ids)
-    depth = min(depth, len(names) - 1)
-    nearest: list[list[str]] = []
-    for begin in range(0, len(queries), 256):
-        some = queries[begin : begin + 256]
-        vectors = embedder.embed_texts([query.moment.text for query in some])
-        own = torch.tensor([[shelf.row(query.moment.video_id)] for query in some])
-        found = scan(vectors, shelf.matrix(), k=depth, exclude=own)
-        nearest.extend([names[row] for row in rows] for rows in found.ids.tolist())
-    return nearest
-
-
-@torch.no_grad()
-def canonical_embeddings(embedder: Embedder, queries: Sequence[WorldQuery], count: int) -> Tensor:
-    """The embedder's own token embeddings of each query's canonical words: (Q, count, E)."""
-    words = [canonical_rewrite(query.attributes).split() for query in queries]
-    ids = [[embedder.tokenizer(" " + word, add_special_tokens=False)["input_ids"] for word in line] for line in words]
-    if any(len(line) != count or any(len(word) != 1 for word in line) for line in ids):
-        raise ValueError(f"distillation needs {count} canonical words of one token each")
-    return embedder.model.get_input_embeddings()(torch.tensor([[word[0] for word in line] for line in ids]))
+def canonical_embeddings(embedder: Embedder, attributes: Sequence[dict[str, str]]) -> Tensor:
+    """The embedder's own token embeddings of the canonical words of each query: (Q, words, E)."""
+    ids = []
+    for one in attributes:
+        words = [embedder.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in canonical_rewrite(one).split()]
+        if any(len(word) != 1 for word in words):
+            raise ValueError(f"distillation needs canonical words of one token each; got {canonical_rewrite(one)!r}")
+        ids.append([word[0] for word in words])
+    return embedder.model.get_input_embeddings()(torch.tensor(ids))

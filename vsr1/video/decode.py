@@ -26,7 +26,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vsr1.errors import VideoError
-from vsr1.video.probe import duration_of, opened, quarter_turns, stamp, tick_of
+from vsr1.video.probe import MATROSKA, MP4, duration_of, opened, quarter_turns, stamp, tick_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,7 +229,10 @@ def _walk(
     stream: VideoStream,
     next_wanted: Callable[[], float],
 ) -> Iterator[tuple[float, VideoFrame]]:
-    """Frames in presentation order with their seconds; what lies before the next wanted time may be skipped."""
+    """Frames in presentation order with their seconds; what lies before the next wanted time may be skipped.
+
+    Only mp4 and Matroska can be trusted to give frames the same times after a jump; the others are read through.
+    """
     tick = tick_of(stream)
     frames = _frames(path, container, stream)
     first = next(frames, None)
@@ -237,17 +240,17 @@ def _walk(
         return
     start = stamp(path, first)
     yield 0.0, first
-    time, keys, considered = 0.0, None, 0.0
+    time, considered = 0.0, 0.0
+    keys: list[int] | None = None if container.format.name in (MP4, MATROSKA) else []
     while True:
         wanted = next_wanted()
-        # Once per wanted time: a jump may land on an earlier key frame than the index promised.
         if wanted - time >= WORTH_A_JUMP and wanted > considered:
-            considered = wanted
-            if keys is None:
+            considered = wanted  # once per wanted time, whatever key frame the jump lands on
+            target = start + int(wanted / tick)
+            if keys is None or any(start + time / tick < key <= target for key in keys):
+                frames = _jump(path, container, stream, start, target)
+            if keys is None:  # only now: Matroska's index lies at its end and is read at the first jump
                 keys = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
-            last = bisect.bisect_right(keys, start + wanted / tick) - 1
-            if last > 0 and (keys[last] - start) * tick > time:
-                frames = _jump(path, container, stream, keys[: last + 1], start + wanted / tick)
         frame = next(frames, None)
         if frame is None:
             return
@@ -256,20 +259,19 @@ def _walk(
 
 
 def _jump(
-    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, keys: list[int], wanted: float
+    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, start: int, target: int
 ) -> Iterator[VideoFrame]:
-    """Frames from the last key frame that is displayed no later than `wanted` (ticks).
+    """Frames from a key frame that is displayed no later than `target` (ticks), or else from the `start`.
 
-    The container's index is in decoding order, so with B-frames its last entry may still be displayed too late; and
-    frames before the first key frame refer to ones that were skipped. Both are settled by looking at that key frame.
+    An index may be wrong; the frame it leads to says so.
     """
-    for key in reversed(keys):
-        container.seek(key, stream=stream)
+    for ticks in (target, start):
+        container.seek(ticks, stream=stream)
         frames = _frames(path, container, stream)
-        frame = next((frame for frame in frames if frame.key_frame), None)
-        if frame is not None and stamp(path, frame) <= wanted:
+        frame = next(frames, None)
+        if frame is not None and stamp(path, frame) <= target:
             return chain([frame], frames)
-    raise VideoError(path, f"its index leads to no frame at or before {wanted * tick_of(stream):.3f} s")
+    raise VideoError(path, f"its index leads to no frame at or before {(target - start) * tick_of(stream):.2f} s")
 
 
 def _frames(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:

@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 from vsr1.errors import VideoError
 
 MICROSECOND = 1e-6  # the unit of a container's duration
-FORMATS_WITH_DURATION = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"}
+MP4, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # FFmpeg's names of formats
 NO_CLOCK = "its frames carry no presentation times; put the stream into an mp4 or mkv file"
 SMALL_AREA = 256 * 256  # pixels; below it starting decoder threads costs more than the decoding
 
@@ -96,9 +96,9 @@ def quarter_turns(frame: VideoFrame) -> int:
 def duration_of(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> float:
     """Seconds from the first displayed frame to the end of the last.
 
-    Taken from the header of formats that have one; for the others FFmpeg only guesses, so their packets are read.
+    Taken from the header of formats that have one; in the others FFmpeg only guesses, so their packets are read.
     """
-    if container.format.name in FORMATS_WITH_DURATION:
+    if container.format.name in (MP4, MATROSKA, AVI):
         if stream.duration:
             return stream.duration * tick_of(stream)
         if container.duration:

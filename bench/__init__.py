@@ -1,0 +1,1 @@
+"""Benchmarks, one file an op; each checks that the answers agree before it times them."""

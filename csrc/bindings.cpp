@@ -1,0 +1,57 @@
+// vsr1._C: the compiled ops for Python. Arrays come as addresses, checked by the Python side of each op; the GIL is released.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "vsr1/corpus_scan.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+void corpus_scan(
+    uintptr_t query, int64_t queries, uintptr_t rows, int64_t row_count, int64_t dim, int64_t row_stride, bool bfloat16,
+    int64_t k, uintptr_t positive, uintptr_t exclude, int64_t exclude_width, uintptr_t candidates, int64_t candidates_width,
+    float temperature, bool expected, int threads, std::array<uintptr_t, 7> outputs) {
+    const vsr1::ScanTask task{
+        {pointer<const void>(rows), row_count, dim, row_stride, bfloat16},
+        pointer<const float>(query),
+        queries,
+        k,
+        pointer<const int64_t>(positive),
+        pointer<const int64_t>(exclude),
+        exclude_width,
+        pointer<const int64_t>(candidates),
+        candidates_width,
+        temperature,
+        expected,
+        threads,
+    };
+    const vsr1::ScanOutput output{
+        pointer<float>(outputs[0]),   pointer<int64_t>(outputs[1]), pointer<int64_t>(outputs[2]), pointer<float>(outputs[3]),
+        pointer<int64_t>(outputs[4]), pointer<float>(outputs[5]),   pointer<float>(outputs[6]),
+    };
+    const py::gil_scoped_release release;
+    vsr1::corpus_scan(task, output);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+    module.doc() = "Compiled ops of vsr1";
+    module.def(
+        "corpus_scan", &corpus_scan, py::kw_only(), py::arg("query"), py::arg("queries"), py::arg("rows"), py::arg("row_count"),
+        py::arg("dim"), py::arg("row_stride"), py::arg("bfloat16"), py::arg("k"), py::arg("positive"), py::arg("exclude"),
+        py::arg("exclude_width"), py::arg("candidates"), py::arg("candidates_width"), py::arg("temperature"),
+        py::arg("expected"), py::arg("threads"), py::arg("outputs"));
+    module.def("isas", &vsr1::isas, "Instruction sets this processor has, best first");
+    module.def("isa", &vsr1::isa, "The instruction set in use");
+    module.def("use_isa", &vsr1::use_isa, py::arg("name"), "Use another one of isas()");
+}

@@ -1,0 +1,435 @@
+// The sweep on the CPU. The corpus is cut into parts and the parts into blocks of rows; a block is scored against all queries
+// while it is near, and its scores go into each query's heap, counts and running softmax, so the corpus is read once for all
+// queries. Parts are what threads share out. Where they begin depends on the problem alone and they are merged in order, so the
+// number of threads cannot be seen in the result.
+
+#include "vsr1/corpus_scan.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <stdexcept>
+#include <type_traits>
+
+#include "vsr1/parallel.h"
+
+namespace vsr1 {
+namespace {
+
+constexpr int kTileQueries = 4;  // queries in a register tile
+constexpr int kBlockRows = 48;   // a multiple of every tile and register; 48 rows of 2048 bfloat16 are 192 KiB, within L2
+
+constexpr int64_t kPanel = 1024;  // components taken at a time
+constexpr int64_t kWidePitch = kPanel + 16;  // not a power of two: rows 4 KiB apart would compete for the same cache lines
+constexpr int kFewQueries = 8;  // up to here a bfloat16 row is widened on the fly, above it is widened once for all queries
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+// `count` queries of `stride` floats; behind them zeros up to a multiple of the tile.
+struct Queries {
+    const float* data;
+    int64_t count;
+    int64_t stride;
+};
+
+struct Block {
+    const void* rows[kBlockRows];
+    int64_t ids[kBlockRows];
+    int count;
+    int64_t dim;
+    bool bfloat16;
+};
+
+struct BlockSummary {
+    float highest;
+    int64_t nan_count;
+    int64_t greater;
+};
+
+// What an instruction set provides; `wide` is scratch of kBlockRows * kWidePitch floats.
+struct Kernels {
+    void (*score_block)(const Queries&, const Block&, float* wide, float* out);
+    BlockSummary (*summarise)(float* scores, float positive_score);
+    float (*soften)(float* scores, float peak, float temperature);
+    void (*add_block)(const Queries&, const float* weights, const Block&, float* wide, float* direction);
+};
+
+}  // namespace
+}  // namespace vsr1
+
+#define VSR1_ISA portable
+#define VSR1_TARGET
+#define VSR1_LANES 4
+#define VSR1_TILE_ROWS 3
+#include "corpus_scan_kernel.inl"
+#undef VSR1_ISA
+#undef VSR1_TARGET
+#undef VSR1_LANES
+#undef VSR1_TILE_ROWS
+
+#if defined(__x86_64__)
+#define VSR1_ISA avx2
+#define VSR1_TARGET __attribute__((target("avx2,fma")))
+#define VSR1_LANES 8
+#define VSR1_TILE_ROWS 3
+#include "corpus_scan_kernel.inl"
+#undef VSR1_ISA
+#undef VSR1_TARGET
+#undef VSR1_LANES
+#undef VSR1_TILE_ROWS
+
+#define VSR1_ISA avx512
+#define VSR1_TARGET __attribute__((target("avx512f,avx2,fma,prefer-vector-width=512")))
+#define VSR1_LANES 16
+#define VSR1_TILE_ROWS 6
+#include "corpus_scan_kernel.inl"
+#endif
+
+namespace vsr1 {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+struct Isa {
+    const char* name;
+    const Kernels* kernels;
+    bool present;
+};
+
+// The table of instruction sets, best first.
+const std::vector<Isa>& isa_table() {
+    static const std::vector<Isa> table = {
+#if defined(__x86_64__)
+        {"avx512", &avx512::kKernels, __builtin_cpu_supports("avx512f") != 0},
+        {"avx2", &avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+        {"portable", &portable::kKernels, true},
+    };
+    return table;
+}
+
+std::atomic<const Isa*> chosen_isa{nullptr};
+
+const Isa& current_isa() {
+    if (const Isa* isa = chosen_isa.load()) return *isa;
+    return *std::find_if(isa_table().begin(), isa_table().end(), [](const Isa& isa) { return isa.present; });
+}
+
+struct Entry {
+    float score;
+    int64_t id;
+};
+
+bool better(const Entry& a, const Entry& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
+
+// One query's best k of one part: a heap whose front is the worst kept.
+class Best {
+   public:
+    Best(Entry* storage, int64_t k) : entries_(storage), k_(k) {}
+
+    float threshold() const { return size_ < k_ ? -kInfinity : k_ ? entries_[0].score : kInfinity; }
+
+    // Ids come in ascending order, so an equal score never replaces what is kept.
+    void add(float score, int64_t id) {
+        if (size_ == k_) std::pop_heap(entries_, entries_ + size_--, better);
+        entries_[size_++] = {score, id};
+        std::push_heap(entries_, entries_ + size_, better);
+    }
+
+    int64_t size() const { return size_; }
+
+   private:
+    Entry* entries_;
+    int64_t k_;
+    int64_t size_ = 0;
+};
+
+// What one query has seen of one part.
+struct Seen {
+    int64_t kept = 0;
+    int64_t nan_count = 0;
+    int64_t greater = 0;
+    float peak = -kInfinity;  // the highest score; mass and direction are relative to it
+    double mass = 0.0;
+};
+
+// What a part's sweep leaves behind.
+struct Part {
+    std::vector<Seen> seen;            // (queries)
+    std::unique_ptr<Entry[]> entries;  // (queries, k)
+    std::vector<float> direction;      // (padded queries, stride); empty if not asked
+};
+
+class Sweep {
+   public:
+    Sweep(const ScanTask& task, const ScanOutput& output)
+        : task_(task), output_(output), kernels_(*current_isa().kernels), stride_(round_up(task.rows.dim, 16)) {}
+
+    void run() {
+        if (task_.queries == 0) return;
+        // Below this much arithmetic, starting a thread costs more than it brings.
+        constexpr double kThreadWork = 1 << 22;
+        const bool listed = task_.candidates_width >= 0;
+        const int64_t scored = listed ? task_.candidates_width : task_.rows.count;
+        const double work = double(scored) * task_.rows.dim * task_.queries;
+        const int threads = std::max(1, int(std::min<double>(task_.threads, work / kThreadWork)));
+        packed_.assign(round_up(task_.queries, kTileQueries) * stride_, 0.0f);
+        for (int64_t q = 0; q < task_.queries; ++q)
+            std::copy_n(task_.query + q * task_.rows.dim, task_.rows.dim, packed_.begin() + q * stride_);
+        bar_.assign(task_.queries, kInfinity);
+        if (task_.positive) parallel_for(task_.queries, threads, [&](int64_t q) { score_positive(q); });
+        if (listed) {
+            parallel_for(task_.queries, threads, [&](int64_t q) {
+                std::vector<Part> parts(1);
+                parts[0] = sweep_candidates(q);
+                merge(parts, 0, q);
+            });
+        } else {
+            const int64_t blocks = (task_.rows.count + kBlockRows - 1) / kBlockRows;
+            std::vector<Part> parts(part_count(blocks));
+            const int64_t count = parts.size();
+            parallel_for(count, threads, [&](int64_t p) {
+                parts[p] = sweep_rows(blocks * p / count * kBlockRows, blocks * (p + 1) / count * kBlockRows);
+            });
+            parallel_for(task_.queries, threads, [&](int64_t q) { merge(parts, q, q); });
+        }
+    }
+
+   private:
+    static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+    const void* row(int64_t id) const {
+        const int64_t bytes = task_.rows.bfloat16 ? 2 : 4;
+        return static_cast<const char*>(task_.rows.data) + id * task_.rows.row_stride * bytes;
+    }
+
+    // The given queries of the packed ones. The kernels may read, but do not use, up to a tile behind the last.
+    Queries queries(int64_t first, int64_t count) const { return {packed_.data() + first * stride_, count, stride_}; }
+
+    // One part in the making: the queries it serves, its result so far, and scratch.
+    struct Work {
+        Work(const Sweep& sweep, int64_t first, int64_t count)
+            : queries(sweep.queries(first, count)),
+              bar(sweep.bar_.data() + first),
+              wide(kBlockRows * kWidePitch),
+              scores(round_up(count, kTileQueries) * kBlockRows) {
+            const ScanTask& task = sweep.task_;
+            part.seen.resize(count);
+            part.entries = std::make_unique_for_overwrite<Entry[]>(count * task.k);
+            if (task.expected) part.direction.assign(round_up(count, kTileQueries) * sweep.stride_, 0.0f);
+            for (int64_t q = 0; q < count; ++q) best.emplace_back(part.entries.get() + q * task.k, task.k);
+            if (task.exclude) {
+                for (int64_t q = first; q < first + count; ++q) {
+                    const int64_t* ids = task.exclude + q * task.exclude_width;
+                    std::vector<int64_t>& sorted = exclude.emplace_back(ids, ids + task.exclude_width);
+                    std::sort(sorted.begin(), sorted.end());
+                }
+            }
+            block.dim = task.rows.dim;
+            block.bfloat16 = task.rows.bfloat16;
+            block.count = 0;
+        }
+
+        Queries queries;
+        const float* bar;
+        std::vector<float> wide, scores;
+        std::vector<Best> best;
+        std::vector<std::vector<int64_t>> exclude;
+        Block block;
+        Part part;
+    };
+
+    void add_row(Work& work, int64_t id) const {
+        work.block.rows[work.block.count] = row(id);
+        work.block.ids[work.block.count] = id;
+        if (++work.block.count == kBlockRows) take_block(work);
+    }
+
+    Part finish(Work& work) const {
+        if (work.block.count) take_block(work);
+        for (size_t q = 0; q < work.best.size(); ++q) work.part.seen[q].kept = work.best[q].size();
+        return std::move(work.part);
+    }
+
+    Part sweep_rows(int64_t begin, int64_t end) const {
+        Work work(*this, 0, task_.queries);
+        for (int64_t id = begin; id < std::min(end, task_.rows.count); ++id) add_row(work, id);
+        return finish(work);
+    }
+
+    Part sweep_candidates(int64_t q) const {
+        Work work(*this, q, 1);
+        const int64_t* ids = task_.candidates + q * task_.candidates_width;
+        for (int64_t c = 0; c < task_.candidates_width; ++c)
+            if (ids[c] >= 0) add_row(work, ids[c]);
+        return finish(work);
+    }
+
+    // The positive's score, and the bar a score must pass to count as above it; without a positive nothing passes.
+    void score_positive(int64_t q) {
+        float score = std::numeric_limits<float>::quiet_NaN();
+        if (task_.positive[q] >= 0) {
+            Block block;
+            block.rows[0] = row(task_.positive[q]);
+            block.count = 1;
+            block.dim = task_.rows.dim;
+            block.bfloat16 = task_.rows.bfloat16;
+            std::vector<float> wide(kBlockRows * kWidePitch), scores(kTileQueries * kBlockRows);
+            kernels_.score_block(queries(q, 1), block, wide.data(), scores.data());
+            score = scores[0];
+        }
+        output_.positive_score[q] = score;
+        bar_[q] = std::isnan(score) ? -kInfinity : score;
+    }
+
+    void take_block(Work& work) const {
+        Block& block = work.block;
+        kernels_.score_block(work.queries, block, work.wide.data(), work.scores.data());
+        if (task_.expected) skip_unusable(block, work.scores.data());
+        for (int64_t q = 0; q < work.queries.count; ++q) {
+            float* score = work.scores.data() + q * kBlockRows;
+            Seen& seen = work.part.seen[q];
+            std::fill(score + block.count, score + kBlockRows, -kInfinity);
+            if (!work.exclude.empty()) leave_out(work.exclude[q], block, score);
+            const BlockSummary summary = kernels_.summarise(score, work.bar[q]);
+            seen.nan_count += summary.nan_count;
+            seen.greater += summary.greater;
+            Best& best = work.best[q];
+            if (summary.highest > best.threshold())
+                for (int i = 0; i < block.count; ++i)
+                    if (score[i] > best.threshold()) best.add(score[i], block.ids[i]);
+            if (task_.temperature > 0)
+                take_mass(summary.highest, score, seen, task_.expected ? work.part.direction.data() + q * stride_ : nullptr);
+        }
+        if (task_.expected)
+            kernels_.add_block(work.queries, work.scores.data(), block, work.wide.data(), work.part.direction.data());
+        block.count = 0;
+    }
+
+    // Only whole sweeps exclude, and there a block's rows follow each other.
+    static void leave_out(const std::vector<int64_t>& exclude, const Block& block, float* score) {
+        auto id = std::lower_bound(exclude.begin(), exclude.end(), block.ids[0]);
+        for (; id != exclude.end() && *id < block.ids[0] + block.count; ++id) score[*id - block.ids[0]] = -kInfinity;
+    }
+
+    // A row with a NaN or an infinity has such a score with every query, and weight 0 or NaN in the softmax. Zeros take its
+    // place in the weighted sum, where 0 x NaN would spoil the other rows.
+    void skip_unusable(Block& block, const float* scores) const {
+        const auto infinite_half = [](uint16_t bits) { return (bits & 0x7F80) == 0x7F80; };
+        const auto infinite = [](float value) { return !std::isfinite(value); };
+        for (int i = 0; i < block.count; ++i) {
+            if (std::isfinite(scores[i])) continue;
+            const auto* halves = static_cast<const uint16_t*>(block.rows[i]);
+            const auto* floats = static_cast<const float*>(block.rows[i]);
+            if (block.bfloat16 ? std::any_of(halves, halves + block.dim, infinite_half)
+                               : std::any_of(floats, floats + block.dim, infinite))
+                block.rows[i] = zeros_.data();
+        }
+    }
+
+    // Turns a block's scores into weights relative to the query's peak, which may rise, and adds them to its mass.
+    void take_mass(float highest, float* score, Seen& seen, float* direction) const {
+        if (highest == -kInfinity) {
+            std::fill(score, score + kBlockRows, 0.0f);
+            return;
+        }
+        if (highest > seen.peak) {
+            const double shrink = std::exp((double(seen.peak) - highest) / task_.temperature);
+            seen.mass *= shrink;
+            if (direction)
+                for (int64_t d = 0; d < stride_; ++d) direction[d] *= float(shrink);
+            seen.peak = highest;
+        }
+        seen.mass += kernels_.soften(score, seen.peak, task_.temperature);
+    }
+
+    // Enough parts for many threads, fewer where what a part keeps is large: 64 MiB together, unless 16 parts are more.
+    int64_t part_count(int64_t blocks) const {
+        constexpr int64_t kBytes = 64 << 20, kFewest = 16, kMost = 256, kBlocksInPart = 16;
+        const int64_t bytes =
+            task_.queries * (task_.k * sizeof(Entry) + sizeof(Seen)) + (task_.expected ? packed_.size() * sizeof(float) : 0);
+        const int64_t affordable = std::clamp(kBytes / std::max<int64_t>(bytes, 1), kFewest, kMost);
+        return std::clamp<int64_t>(blocks / kBlocksInPart, 1, affordable);
+    }
+
+    // Writes query `target` of the output from query `q` of the parts, in their order.
+    void merge(const std::vector<Part>& parts, int64_t q, int64_t target) const {
+        Seen total;
+        std::vector<Entry> entries;
+        for (const Part& part : parts) {
+            const Seen& seen = part.seen[q];
+            const Entry* kept = part.entries.get() + q * task_.k;
+            entries.insert(entries.end(), kept, kept + seen.kept);
+            total.nan_count += seen.nan_count;
+            total.greater += seen.greater;
+            total.peak = std::max(total.peak, seen.peak);
+        }
+        const int64_t found = std::min<int64_t>(task_.k, entries.size());
+        std::partial_sort(entries.begin(), entries.begin() + found, entries.end(), better);
+        for (int64_t i = 0; i < task_.k; ++i) {
+            output_.scores[target * task_.k + i] = i < found ? entries[i].score : -kInfinity;
+            output_.ids[target * task_.k + i] = i < found ? entries[i].id : -1;
+        }
+        output_.nan_count[target] = total.nan_count;
+        if (task_.positive) output_.rank[target] = task_.positive[target] < 0 ? -1 : total.greater + 1;
+        if (task_.temperature > 0) merge_mass(parts, q, target, total);
+    }
+
+    void merge_mass(const std::vector<Part>& parts, int64_t q, int64_t target, Seen total) const {
+        std::vector<double> weight;
+        for (const Part& part : parts) {
+            const Seen& seen = part.seen[q];
+            weight.push_back(seen.mass == 0 ? 0 : std::exp((double(seen.peak) - total.peak) / task_.temperature));
+            total.mass += seen.mass * weight.back();
+        }
+        output_.lse[target] =
+            total.mass == 0 ? -kInfinity : float(double(total.peak) / task_.temperature + std::log(total.mass));
+        if (!task_.expected) return;
+        float* out = output_.expected + target * task_.rows.dim;
+        std::fill(out, out + task_.rows.dim, 0.0f);
+        for (size_t p = 0; p < parts.size(); ++p) {
+            if (weight[p] == 0) continue;
+            const float share = float(weight[p] / total.mass);
+            const float* direction = parts[p].direction.data() + q * stride_;
+            for (int64_t d = 0; d < task_.rows.dim; ++d) out[d] += share * direction[d];
+        }
+    }
+
+    const ScanTask& task_;
+    const ScanOutput& output_;
+    const Kernels& kernels_;
+    const int64_t stride_;
+    const std::vector<float> zeros_ = std::vector<float>(stride_);
+    std::vector<float> packed_;  // (padded queries, stride)
+    std::vector<float> bar_;     // (queries)
+};
+
+}  // namespace
+
+void corpus_scan(const ScanTask& task, const ScanOutput& output) { Sweep(task, output).run(); }
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (const Isa& isa : isa_table())
+        if (isa.present) names.push_back(isa.name);
+    return names;
+}
+
+std::string isa() { return current_isa().name; }
+
+void use_isa(const std::string& name) {
+    for (const Isa& isa : isa_table()) {
+        if (isa.present && isa.name == name) {
+            chosen_isa = &isa;
+            return;
+        }
+    }
+    throw std::invalid_argument("this processor has no instruction set '" + name + "'");
+}
+
+}  // namespace vsr1

@@ -1,0 +1,1 @@
+"""Triton kernels, one op a file with its launchers; installed as `vsr1.kernels`. They import triton and torch only."""

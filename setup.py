@@ -1,0 +1,50 @@
+"""The build: packages, the `kernels` folder as `vsr1.kernels`, and the compiled extension `vsr1._C`.
+
+The extension is C++ without torch headers, so building needs a compiler and pybind11 only. Without a compiler the package still
+installs; the ops then run on their torch reference.
+"""
+
+from __future__ import annotations
+
+import sys
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+from setuptools.errors import BaseError, CCompilerError
+
+WARNING = """
+vsr1: the compiled extension was NOT built ({error}).
+vsr1: everything works, but the 'cpu' backend of the ops is missing, so searches on the CPU are several times slower.
+vsr1: to get it, install a C++20 compiler (g++ >= 11 or clang >= 14; 'apt install g++') and install vsr1 again.
+"""
+
+
+class OptionalBuildExt(build_ext):
+    """Builds the extension, or says what is lost and lets the installation go on."""
+
+    def build_extension(self, ext: Pybind11Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except (OSError, BaseError, CCompilerError) as error:
+            print(WARNING.format(error=error), file=sys.stderr, flush=True)
+
+
+setup(
+    packages=[*find_packages(include=["vsr1", "vsr1.*"]), "vsr1.kernels"],
+    package_dir={"vsr1.kernels": "kernels"},
+    package_data={"vsr1": ["py.typed"]},
+    ext_modules=[
+        Pybind11Extension(
+            "vsr1._C",
+            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            include_dirs=["csrc/include"],
+            depends=[*glob("csrc/include/vsr1/*"), *glob("csrc/cpu/*")],
+            cxx_std=20,
+            extra_compile_args=["-O3", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"],
+            extra_link_args=["-pthread"],
+            optional=True,  # an editable install copies the built file back only if it is there
+        )
+    ],
+    cmdclass={"build_ext": OptionalBuildExt},
+)
