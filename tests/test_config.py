@@ -50,7 +50,7 @@ def test_a_preset_is_a_fresh_copy() -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'enormous'.*tiny.*quick"):
+    with pytest.raises(ConfigError, match=r"'enormous'.*tiny.*quick"):
         preset("enormous")
 
 
@@ -158,7 +158,7 @@ def test_a_value_out_of_range_is_named(key: str, value: Any) -> None:
 def test_a_file_that_is_no_config_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         load(path)
 
 
@@ -172,7 +172,7 @@ def test_a_bad_key_in_a_file_names_the_file_and_the_key(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_no_config(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(ConfigError, match="config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         load(path)
-    with pytest.raises(ConfigError, match="config.yaml"):
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
         configuration.load(tmp_path / "none" / "config.yaml")

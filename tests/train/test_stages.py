@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vsr1.agent import protocol
-from vsr1.agent.generate import soft_tokens
+from vsr1.agent.generate import Sampling, soft_tokens
 from vsr1.corpus import Corpus
 from vsr1.data.rationale import describe, judge
 from vsr1.data.scene import Event, Scene
@@ -194,18 +195,25 @@ def test_describe_names_all_events_and_the_background() -> None:
     assert describe(SCENE) == "2 to 5 s small red circle left ; 7 to 11 s large blue ring grow ; navy striped"
 
 
+def compared(reply: Reply) -> list[tuple[str, str]]:
+    """The comparison of a reply: each seen word with its mark."""
+    return re.findall(r"(\w+) (=|!=)", reply.think)
+
+
 def test_judge_accepts_the_event_asked_for() -> None:
     reply = judge(SCENE.attributes(1), SCENE)
-    assert reply == Reply("matched", 7.0, 11.0, "7 to 11 s large = blue = ring = grow = navy = striped =", True)
+    assert (reply.answer, reply.start, reply.end, reply.refine) == ("matched", 7.0, 11.0, True)
+    assert compared(reply) == [(SCENE.attributes(1)[name], "=") for name in ATTRIBUTES]
 
 
 def test_judge_compares_with_the_closest_event_and_says_what_to_find() -> None:
     wanted = SCENE.attributes(1) | {"motion": "blink", "texture": "plain"}
     reply = judge(wanted, SCENE)
     assert (reply.answer, reply.start, reply.end, reply.refine) == ("not_matched", None, None, True)
-    assert reply.think == (
-        "7 to 11 s large = blue = ring = grow != navy = striped != ; find large blue ring blink on navy plain background"
-    )
+    marks = dict.fromkeys(ATTRIBUTES, "=") | {"motion": "!=", "texture": "!="}
+    assert compared(reply) == [(SCENE.attributes(1)[name], marks[name]) for name in ATTRIBUTES]
+    assert "7 to 11 s" in reply.think
+    assert "find large blue ring blink on navy plain background" in reply.think
 
 
 def test_judge_rejects_attributes_of_two_events_mixed() -> None:
@@ -230,7 +238,21 @@ def test_reply_tokens_weigh_the_answer_the_marks_and_the_numbers(tiny_policy: Po
     for place, (piece, weight) in enumerate(zip(pieces, weights, strict=True)):
         marked = piece in ("=", "!=") or piece[:1].isdigit()
         assert weight == (4.0 if place in inside else 2.0 if marked else 1.0), piece
-    assert sum(weight == 2.0 for weight in weights) == 6 + 2
+    assert sum(piece in ("=", "!=") for piece in pieces) == 6
+
+
+def test_the_loop_lets_the_policy_finish_the_longest_reply(tiny_policy: Policy) -> None:
+    """A reply cut short has no answer and no <REFINE>; what SFT teaches must fit what the loop and GRPO allow."""
+    events = tuple(
+        Event(3 * i, 3 * i + 3, "large", "purple", "circle", "blink") for i in range(WorldConfig().max_events)
+    )
+    scene = Scene("long", 16, "navy", "striped", events)
+    longest = 0
+    for wanted in (scene.attributes(0), scene.attributes(0) | {"motion": "up"}):
+        ids, _ = sft.reply_tokens(tiny_policy, protocol.render(judge(wanted, scene)), SftTraining())
+        longest = max(longest, len(ids) - 1)
+    assert longest <= Sampling().max_tokens
+    assert longest <= GrpoTraining().max_tokens
 
 
 def test_reply_tokens_weigh_the_span_of_an_accepted_video(tiny_policy: Policy) -> None:
@@ -569,9 +591,7 @@ def test_by_soft_tokens_goes_from_the_first_query_to_the_refined_one(
     assert np.mean(first_hits) != np.mean(last_hits)
 
 
-def test_a_trajectory_as_json_holds_no_tensors(tmp_path: Path) -> None:
-    import json
-
+def test_a_trajectory_as_json_holds_no_tensors() -> None:
     query = toward(1.0, 0.0, 0.0)
     one = path("a", [turn("b", "not_matched", query, True), turn("a", "matched", query)], query, "matched")
     said = json.loads(json.dumps(evaluate.as_json(one)))

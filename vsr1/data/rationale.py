@@ -1,9 +1,9 @@
 """Templated descriptions and replies: what a careful judge would say about a rendered video, to learn from.
 
-The rationale first says everything that happens, then what the query means in canonical words, then compares the closest
-event with it one attribute at a time: every step is something the policy can read off the video, the query or its own
-words. ("The closest event differs in .." was tried and teaches the policy to copy the query and accept everything; naming
-the closest event first asks for the whole comparison before the first word.)
+The rationale first says what the query means in canonical words, then everything that happens, then compares the closest
+event with the query one attribute at a time: every step is something the policy can read off the query, the video or its
+own words. The order matters: a meaning written behind the description is copied from it, and so is one that is only implied
+("the closest event differs in .."), and naming the closest event first asks for the whole comparison before the first word.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def judge(wanted: Mapping[str, str], scene: Scene) -> Reply:
     closest = max(range(len(seen)), key=lambda number: sum(seen[number][name] == wanted[name] for name in ATTRIBUTES))
     event, has = scene.events[closest], seen[closest]
     compared = " ".join(f"{has[name]} {'=' if has[name] == wanted[name] else '!='}" for name in ATTRIBUTES)
-    think = f"{describe(scene)} ; find {canonical_rewrite(wanted)} ; {event.start:g} to {event.end:g} s {compared}"
+    think = f"find {canonical_rewrite(wanted)} ; {describe(scene)} ; {event.start:g} to {event.end:g} s {compared}"
     if has == wanted:
         return Reply("matched", float(event.start), float(event.end), think, True)
     return Reply("not_matched", None, None, think, True)

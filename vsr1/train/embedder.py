@@ -3,6 +3,7 @@
 The vector at the last token of a video's row is pulled towards the vectors of sentences about the video and away from the
 rest of the batch, both ways (InfoNCE), while the row is continued with a plain description of all events (cross-entropy),
 which is what teaches the language model to read the frozen vision tokens: without it the vector learns only the background.
+In the same way a sentence's row is continued with what it means in canonical words, which teaches it to look words up.
 Once it reads, the description counts less and every other batch holds few backgrounds, so that they tell nothing apart.
 (Describing first and contrasting afterwards was tried: the contrast then never leaves chance.) Sentences drop attributes at random, and some carry their canonical words behind them, as
 refined queries will. Videos of the batch that fit a sentence as well as its own are not negatives.
@@ -75,26 +76,29 @@ def mentioned(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences about the videos of a batch: texts, classes (S, A) with -1 for dropped, owner (S,) row of the batch."""
+    """Sentences about the videos of a batch: texts, their meaning in canonical words, classes (S, A) with -1 for dropped, owner (S,) row of the batch."""
 
     texts: list[str]
+    meanings: list[str]
     wanted: np.ndarray
     owner: Tensor
 
 
 def write_sentences(scenes: Sequence[Scene], settings: EmbedderTraining, rng: Random) -> Sentences:
     """A few fresh sentences about different events of each scene."""
-    texts, wanted, owner = [], [], []
+    texts, meanings, wanted, owner = [], [], [], []
     for row, scene in enumerate(scenes):
         for event in rng.sample(range(len(scene.events)), min(settings.sentences, len(scene.events))):
             text = sentence(scene.attributes(event), rng, drop=settings.drop)
             kept = mentioned(text)
+            meaning = " ".join(kept[name] for name in ATTRIBUTES if name in kept)
             if rng.random() < settings.keywords:
-                text += " " + " ".join(kept[name] for name in ATTRIBUTES if name in kept)
+                text += " " + meaning
             texts.append(text)
+            meanings.append("find " + meaning)
             wanted.append([values(name).index(kept[name]) if name in kept else -1 for name in ATTRIBUTES])
             owner.append(row)
-    return Sentences(texts, np.array(wanted), torch.tensor(owner))
+    return Sentences(texts, meanings, np.array(wanted), torch.tensor(owner))
 
 
 def contrast(
@@ -110,6 +114,18 @@ def contrast(
     others = scores.masked_fill(own, float("-inf")).logsumexp(0)[owner]
     from_video = (torch.logaddexp(others, right) - right).mean()
     return (from_text + from_video) / 2, scores
+
+
+def continued(embedder: Embedder, rows: Sequence[Row], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Unit vectors (B, D) of `rows`, and the cross-entropy of continuing each row with its text, from one pass."""
+    said = [embedder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    longer = [Row((*row.token_ids, *ids), row.video) for row, ids in zip(rows, said, strict=True)]
+    hidden, _ = backbone.run(embedder.model, longer)
+    ends = torch.tensor([-len(ids) - 1 for ids in said])
+    speaking = torch.cat([row[-len(ids) - 1 : -1] for row, ids in zip(hidden, said, strict=True)])
+    spoken = torch.tensor([token for ids in said for token in ids])
+    loss = -linear_logp(speaking, embedder.model.language_model.embed_tokens.weight, spoken).logp.mean()
+    return embedder.pool(hidden[torch.arange(len(rows)), ends]), loss
 
 
 def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining, seed: int, keeper: Keeper) -> None:
@@ -132,22 +148,16 @@ def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining,
         focused = index >= settings.focus_from * settings.optimisation.steps
         few = settings.backgrounds if focused and index % 2 else 0
         pick = _draw(rng, backgrounds, settings.batch, few)
-        said = [embedder.tokenizer(describe(scenes[i]), add_special_tokens=False)["input_ids"] for i in pick]
-        rows = [Row((*prompts[i].token_ids, *ids), prompts[i].video) for i, ids in zip(pick, said, strict=True)]
-        hidden, _ = backbone.run(embedder.model, rows)
-        speaking = torch.cat([row[-len(ids) - 1 : -1] for row, ids in zip(hidden, said, strict=True)])
-        spoken = torch.tensor([token for ids in said for token in ids])
-        writing = -linear_logp(speaking, model.embed_tokens.weight, spoken).logp.mean()
-        ends = torch.tensor([-len(ids) - 1 for ids in said])
-        videos = embedder.pool(hidden[torch.arange(len(rows)), ends])
+        videos, describing = continued(embedder, [prompts[i] for i in pick], [describe(scenes[i]) for i in pick])
         about = write_sentences([scenes[i] for i in pick], settings, words)
+        texts, meaning = continued(embedder, [embedder.text_row(text) for text in about.texts], about.meanings)
+        writing = describing + meaning
         fits = torch.from_numpy(matches(about.wanted, codes[pick]))
         excused = fits & ~F.one_hot(about.owner, len(pick)).bool()
-        texts = embedder.embed_texts(about.texts)
         loss, scores = contrast(texts, videos, about.owner, excused, settings.temperature)
         accuracy = (scores.argmax(-1) == about.owner).float().mean().item()
         weight = settings.describe_weight if focused else 1.0
-        return loss + weight * writing, {"describe": writing.item(), "contrast": loss.item(), "accuracy": accuracy}
+        return loss + weight * writing, {"describe": describing.item(), "meaning": meaning.item(), "contrast": loss.item(), "accuracy": accuracy}
 
     model.train().requires_grad_(True)
     train("embedder", model, [{"params": list(model.parameters())}], step, settings.optimisation, keeper)
