@@ -46,7 +46,10 @@ def test_no_text_breaks_the_parser(text, duration):
         ("<answer>matched</answer><start>9</start><end>4</end>", Reply("matched", 4.0, 9.0, "", False)),
         ("<answer>matched</answer><start>9</start>", Reply("matched", None, None, "", False)),
         ("<answer>maybe</answer><REFINE>", Reply(None, None, None, "", True)),
-        ("<think><answer>matched</answer></think><answer>not_matched</answer>", Reply("not_matched", None, None, "<answer>matched</answer>", False)),
+        (
+            "<think><answer>matched</answer></think><answer>not_matched</answer>",
+            Reply("not_matched", None, None, "<answer>matched</answer>", False),
+        ),
         ("<think>never closed <answer>matched</answer>", Reply("matched", None, None, "", False)),
     ],
     ids=["whole", "spelling", "reversed", "half-span", "unknown", "tags-in-thought", "open-thought"],

@@ -67,6 +67,7 @@ class _Open:
     moment: Moment
     query: Tensor
     positive: int
+    first: int
     turns: list[Turn] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
     stop: Literal["matched", "turns", "limit", "failed"] | None = None
@@ -93,17 +94,19 @@ def run(
     *,
     turns: int = 3,
     settings: LoopSettings | None = None,
+    first: Sequence[str | None] | None = None,
     memo: dict[tuple[str, str], Verdict] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Trajectory]:
     """Run the loop for `queries`; one trajectory a query and sample, in order.
 
-    `settings` overrides `turns` where given. `memo` remembers greedy verdicts by (query id, video id) between calls that
-    share a policy: runs that differ only in how they search then ask about each pair once. A video that cannot be read
-    makes its trajectory `failed`, with the reason; nothing is swallowed.
+    `settings` overrides `turns` where given. `first` names the video to show at turn 1 instead of the search's own (None:
+    the search's), so that training can balance right and wrong videos. `memo` remembers greedy verdicts by (query id,
+    video id) between calls that share a policy: runs that differ only in how they search then ask about each pair once.
+    A video that cannot be read makes its trajectory `failed`, with the reason; nothing is swallowed.
     """
     settings = settings or LoopSettings(turns=turns)
-    return list(stream(policy, embedder, corpus, queries, settings, memo=memo, progress=progress))
+    return list(stream(policy, embedder, corpus, queries, settings, first=first, memo=memo, progress=progress))
 
 
 @torch.no_grad()
@@ -114,6 +117,7 @@ def stream(
     queries: Sequence[Moment],
     settings: LoopSettings,
     *,
+    first: Sequence[str | None] | None = None,
     memo: dict[tuple[str, str], Verdict] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Trajectory]:
@@ -125,10 +129,11 @@ def stream(
     done = 0
     for begin in range(0, len(queries), settings.batch):
         batch = queries[begin : begin + settings.batch]
-        first = embedder.embed_texts([moment.text for moment in batch])
+        starts = [None] * len(batch) if first is None else first[begin : begin + settings.batch]
+        vectors = embedder.embed_texts([moment.text for moment in batch])
         opened = [
-            _Open(moment, vector, row_of.get(moment.video_id or "", -1))
-            for moment, vector in zip(batch, first, strict=True)
+            _Open(moment, vector, row_of.get(moment.video_id or "", -1), -1 if start is None else row_of[start])
+            for moment, vector, start in zip(batch, vectors, starts, strict=True)
             for _ in range(settings.samples)
         ]
         for turn in range(settings.turns):
@@ -181,6 +186,9 @@ def _take_turn(
     found = scan(queries, matrix, k=1, exclude=exclude)
     ranks = _ranks(matrix, queries, [one.positive for one in active])
     rows, scores = found.ids[:, 0].tolist(), found.scores[:, 0].tolist()
+    for index, one in enumerate(active):
+        if one.first >= 0 and not one.shown:
+            rows[index], scores[index] = one.first, float(one.query @ matrix.rows[one.first].to(one.query))
     searched = time.perf_counter()
 
     for one, row in zip(active, rows, strict=True):

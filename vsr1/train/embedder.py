@@ -2,11 +2,12 @@
 
 The vector at the last token of a video's row is pulled towards the vectors of sentences about the video and away from the
 rest of the batch, both ways (InfoNCE), while the row is continued with a plain description of all events (cross-entropy),
-which is what teaches the language model to read the frozen vision tokens: without it the vector learns only the background.
-In the same way a sentence's row is continued with what it means in canonical words, which teaches it to look words up.
-Once it reads, the description counts less and every other batch holds few backgrounds, so that they tell nothing apart.
-(Describing first and contrasting afterwards was tried: the contrast then never leaves chance.) Sentences drop attributes at random, and some carry their canonical words behind them, as
-refined queries will. Videos of the batch that fit a sentence as well as its own are not negatives.
+which is what teaches the language model to read the frozen vision tokens: without it the vector learns only the
+background. In the same way a sentence's row is continued with what it means in canonical words, which teaches the model to
+look words up. Once it reads, the description counts less and every other batch holds few backgrounds, so that they tell
+nothing apart. (Describing first and contrasting afterwards was tried: the contrast then never leaves chance.) Sentences
+drop attributes at random, and some carry their canonical words behind them, as refined queries will. Videos of the batch
+that fit a sentence as well as its own are not negatives.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 
 @dataclass
 class EmbedderTraining:
-    """optimisation; videos a step and sentences a video; how InfoNCE and the description share the steps.
+    """optimisation; videos a step and sentences a video; how InfoNCE and the descriptions share the steps.
 
     focus_from: share of steps after which the description weighs `describe_weight` instead of 1 and every other batch
-    holds only `backgrounds` backgrounds; temperature of InfoNCE; drop: chance of an attribute to go unmentioned; keywords: chance of
-    canonical words behind a sentence.
+    holds only `backgrounds` backgrounds; temperature of InfoNCE; drop: chance of an attribute to go unmentioned;
+    keywords: chance of canonical words behind a sentence.
     """
 
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=400, learning_rate=2e-3))
@@ -76,7 +77,8 @@ def mentioned(text: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Sentences:
-    """Sentences about the videos of a batch: texts, their meaning in canonical words, classes (S, A) with -1 for dropped, owner (S,) row of the batch."""
+    """Sentences about the videos of a batch: texts, their meaning in canonical words, classes (S, A) with -1 for dropped,
+    owner (S,) row of the batch."""
 
     texts: list[str]
     meanings: list[str]
@@ -157,7 +159,8 @@ def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining,
         loss, scores = contrast(texts, videos, about.owner, excused, settings.temperature)
         accuracy = (scores.argmax(-1) == about.owner).float().mean().item()
         weight = settings.describe_weight if focused else 1.0
-        return loss + weight * writing, {"describe": describing.item(), "meaning": meaning.item(), "contrast": loss.item(), "accuracy": accuracy}
+        numbers = {"describe": describing.item(), "meaning": meaning.item(), "contrast": loss.item()}
+        return loss + weight * writing, numbers | {"accuracy": accuracy}
 
     model.train().requires_grad_(True)
     train("embedder", model, [{"params": list(model.parameters())}], step, settings.optimisation, keeper)

@@ -42,6 +42,9 @@ MOST_FAILED = 0.01  # of the trajectories so far; beyond it the run stops instea
 class GrpoTraining:
     """optimisation; videos in the corpus it searches; queries a step and trajectories a query; loop; loss; reward weights.
 
+    bootstrapped: share of the queries whose right video is shown first: where the search rarely finds it, rejecting
+    everything would otherwise be the best thing to learn.
+
     sigma: exploration of the soft tokens, in units of their coordinates. beta: weight of the KL to the SFT policy.
     temperature: of the softmax over the corpus in the retrieval reward.
     """
@@ -52,6 +55,7 @@ class GrpoTraining:
     head_learning_rate: float = 1e-4
     videos: int = 400
     queries: int = 3
+    bootstrapped: float = 0.5
     group: int = 8
     turns: int = 3
     sampling_temperature: float = 1.0
@@ -98,7 +102,9 @@ def train_grpo(
             sampling=Sampling(settings.sampling_temperature, settings.max_tokens, seed=int(rng.integers(2**31))),
         )
         policy.eval()
-        found = rollout.run(policy, embedder, shelf, [moments[i] for i in pick], settings=loop)
+        asked = [moments[i] for i in pick]
+        first = [moment.video_id if rng.random() < settings.bootstrapped else None for moment in asked]
+        found = rollout.run(policy, embedder, shelf, asked, settings=loop, first=first)
         groups = torch.arange(len(pick)).repeat_interleave(settings.group)
         alive = torch.tensor([one.stop != "failed" for one in found])
         counts["trajectories"] += len(found)

@@ -137,7 +137,9 @@ class Examples:
         with torch.no_grad():
             vectors = self.embedder.embed_texts(texts[right:])
         own = torch.tensor([[self.shelf.row(scene.video_id)] for scene, _ in asked[right:]])
-        nearest = scan(vectors, self.shelf.matrix(), k=min(settings.confusions, len(names) - 1), exclude=own).ids.tolist()
+        nearest = scan(
+            vectors, self.shelf.matrix(), k=min(settings.confusions, len(names) - 1), exclude=own
+        ).ids.tolist()
         depths = rng.exponential(settings.confusions / 4, len(nearest))
         shown += [names[near[min(int(depth), len(near) - 1)]] for near, depth in zip(nearest, depths, strict=True)]
         return [
@@ -205,7 +207,7 @@ def trainable(policy: Policy, head_learning_rate: float) -> list[dict[str, Any]]
 
 
 def say_loss(policy: Policy, hidden: Tensor, examples: Sequence[Example]) -> Tensor:
-    """Weighted cross-entropy of the replies; hidden (B, L, H) left-padded, so a reply of n tokens is read off the last n columns."""
+    """Weighted cross-entropy of the replies; hidden (B, L, H) is left-padded: n tokens are read off the last n columns."""
     speaking = torch.cat([hidden[row, -len(one.reply) :] for row, one in enumerate(examples)])
     target = torch.tensor([token for one in examples for token in one.reply])
     weight = torch.tensor([value for one in examples for value in one.weights])
@@ -218,7 +220,10 @@ def canonical_embeddings(embedder: Embedder, attributes: Sequence[dict[str, str]
     """The embedder's own token embeddings of the canonical words of each query: (Q, words, E)."""
     ids = []
     for one in attributes:
-        words = [embedder.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in canonical_rewrite(one).split()]
+        words = [
+            embedder.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+            for word in canonical_rewrite(one).split()
+        ]
         if any(len(word) != 1 for word in words):
             raise ValueError(f"distillation needs canonical words of one token each; got {canonical_rewrite(one)!r}")
         ids.append([word[0] for word in words])

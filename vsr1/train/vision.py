@@ -1,9 +1,9 @@
 """Vision warm-up of the tiny preset: the tower learns to name what a pair of frames shows.
 
 Trained end to end from captions alone, a small tower learns only the backgrounds. Here every frame pair of the training
-videos is labelled with the attributes of the event on screen, small linear heads read them from the mean of the pair's tokens, and the
-tower is frozen afterwards. The heads are thrown away. (Heads on the tokens side by side reach the same accuracy, but spread
-an attribute over places, where the language model does not find it.)
+videos is labelled with the attributes of the event on screen, small linear heads read them from the mean of the pair's
+tokens, and the tower is frozen afterwards. The heads are thrown away. (Heads on the tokens side by side reach the same
+accuracy, but spread an attribute over places, where the language model does not find it.)
 """
 
 from __future__ import annotations
