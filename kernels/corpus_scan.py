@@ -9,6 +9,7 @@ Why group maxima are enough for an exact top-k: order groups by (maximum descend
 score s is in a group behind the first k groups, each of those k groups holds a row with a higher score, or an equal one and a
 lower number; so r is not among the top k. The rows of the first k groups, k x 32 a query, are scored again one by one
 (`gather_scores`), which also makes k a plain number: no kernel depends on it, and none is recompiled when N, B or k change.
+The two scorings add in different orders, so rows whose scores differ by float32 rounding alone may trade places.
 
 `expected` is a second sweep: with the log-sum-exp known, weights need no rescaling, and its B x D accumulator, which no block
 could keep in registers, is summed in global memory by the one program that owns that copy of it.

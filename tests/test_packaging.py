@@ -113,6 +113,9 @@ def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     site = install(wheel, tmp_path / "site")
     done = run(sys.executable, "-P", "-c", TRY_IT, str(site), "cpu", cwd=tmp_path, PYTHONPATH=str(site))
     assert done.stdout.strip() == "cpu"
+    told = run(sys.executable, "-P", "-m", "vsr1.doctor", cwd=tmp_path, PYTHONPATH=str(site), COLUMNS="200").stdout
+    assert "compiled extension" in told
+    assert "corpus_scan │ triton" in told
 
 
 def test_source_archive_holds_all_sources(tmp_path: Path) -> None:

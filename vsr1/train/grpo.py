@@ -59,7 +59,7 @@ class GrpoTraining:
     group: int = 8
     turns: int = 3
     sampling_temperature: float = 1.0
-    max_tokens: int = 80
+    max_tokens: int = 88
     loss_type: LossType = "grpo"
     clip_low: float = 0.2
     clip_high: float = 0.2
