@@ -125,6 +125,8 @@ OUT_OF_RANGE = [
     ("grpo.videos", 0),
     ("grpo.queries", 0),
     ("grpo.group", 1),
+    ("grpo.max_tokens", 0),
+    ("grpo.bootstrapped", 1.5),
     ("grpo.turns", 0),
     ("grpo.sampling_temperature", 0.0),
     ("grpo.sigma", -0.1),

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("build")
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.timeout(900)  # a compiler on a busy machine
 
 TRY_IT = """
 import sys
@@ -37,7 +38,7 @@ def run(*command: str, cwd: Path, **environment: str) -> subprocess.CompletedPro
     # Only what is given decides what is imported and how it is built.
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX", "CC")}
     done = subprocess.run(
-        command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=280, check=False
+        command, cwd=cwd, env={**clean, **environment}, capture_output=True, text=True, timeout=850, check=False
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done

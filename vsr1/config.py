@@ -164,6 +164,7 @@ _ABOVE_ZERO = (
         "grpo.videos",
         "grpo.queries",
         "grpo.turns",
+        "grpo.max_tokens",
         "grpo.head_learning_rate",
         "grpo.sampling_temperature",
         "grpo.temperature",
@@ -196,6 +197,7 @@ def check(config: RunConfig) -> None:
     need("model.soft_tokens", f"{words}, one for each canonical word", lambda value: value == words)
     need("sft.matched", "between 0 and 1", lambda value: 0 < value < 1)
     need("sft.batch", "enough for a rejected row", lambda value: math.ceil(sft.matched * value) < value)
+    need("grpo.bootstrapped", "from 0 to 1", lambda value: 0 <= value <= 1)
     need("grpo.group", "at least 2 for an advantage within the group", lambda value: value >= 2)
     for name in config.grpo.rewards:
         try:

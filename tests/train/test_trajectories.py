@@ -1,0 +1,269 @@
+"""What stage 2 and evaluation make of trajectories: rewards, advantages, one update, the figures of the controls."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vsr1.agent import protocol
+from vsr1.agent.generate import soft_tokens
+from vsr1.data.rationale import judge
+from vsr1.data.world import World
+from vsr1.eval import evaluate
+from vsr1.models import backbone
+from vsr1.models.backbone import Row
+from vsr1.models.embedder import Embedder
+from vsr1.models.policy import Policy
+from vsr1.ops.corpus_scan import CorpusMatrix
+from vsr1.ops.soft_query import NoiseStream
+from vsr1.records import Moment, Reply, Trajectory, Turn
+from vsr1.train import grpo, sft
+from vsr1.train.grpo import GrpoTraining
+from vsr1.train.library import Shelf
+
+ROWS = torch.eye(4)[:3]  # a corpus of the videos a, b, c, and one direction that no video has
+
+
+def tiny_library() -> Any:
+    names = ["a", "b", "c"]
+    return SimpleNamespace(matrix=lambda: CorpusMatrix(ROWS), row=names.index, video_ids=names)
+
+
+def toward(*weights: float) -> Tensor:
+    return torch.tensor([*weights, 0.0])
+
+
+def turn(video: str, answer: Any, query: Tensor, refined: bool = False, **changes: Any) -> Turn:
+    span = (1.0, 3.0) if answer == "matched" else (None, None)
+    soft = torch.ones(2, 4) if refined else None
+    reply = Reply(answer, *span, "because", True)
+    made = Turn(video, 0.5, 1, reply, "", (1, 2), torch.zeros(2), query, soft, soft)
+    return replace(made, **changes)
+
+
+def path(video: str, turns: list[Turn], final: Tensor, stop: Any = "turns") -> Trajectory:
+    return Trajectory(Moment(f"q-{video}", "text", video, 1.0, 3.0, 9.0), tuple(turns), final, 1, stop)
+
+
+def probability(query: Tensor, row: int, temperature: float) -> float:
+    scores = [math.exp(float(query @ vector) / temperature) for vector in ROWS]
+    return scores[row] / sum(scores)
+
+
+def standardised(numbers: list[float]) -> list[float]:
+    return [(number - np.mean(numbers)) / (np.std(numbers, ddof=1) + 1e-4) for number in numbers]
+
+
+def test_grpo_judges_texts_within_a_query_and_soft_tokens_within_a_query_and_turn() -> None:
+    settings = GrpoTraining(rewards={"answer": 1.0, "retrieval": 2.0}, turns=3, temperature=0.5)
+    start = toward(0.0, 1.0, 0.0)
+    after = [toward(0.9, 0.1, 0.0), toward(0.2, 0.8, 0.0), toward(0.1, 0.1, 0.7), toward(0.6, 0.2, 0.2)]
+    found = [
+        # the query about video a: refined once and right; refined twice and never; accepted the wrong video
+        path("a", [turn("b", "not_matched", start, True), turn("a", "matched", after[0])], after[0], "matched"),
+        path(
+            "a",
+            [
+                turn("b", "not_matched", start, True),
+                turn("c", "not_matched", after[1], True),
+                turn("a", None, after[2]),
+            ],
+            after[2],
+        ),
+        path("a", [turn("b", "matched", start)], start, "matched"),
+        # the query about video b: two equal ones, found at once
+        path("b", [turn("b", "matched", start)], start, "matched"),
+        path("b", [turn("b", "matched", start)], start, "matched"),
+        # the query about video c: one refinement alone at its turn
+        path("c", [turn("a", "not_matched", start, True)], after[3]),
+    ]
+    judged = grpo.judge(found, tiny_library(), settings, torch.tensor([0, 0, 0, 1, 1, 2]))
+
+    heat = settings.temperature
+    rewards = [
+        1 + 2 * probability(after[0], 0, heat),
+        -1 + 2 * probability(after[2], 0, heat),
+        -1 + 2 * probability(start, 0, heat),
+    ]
+    assert judged.text_advantage.tolist() == pytest.approx([*standardised(rewards), 0, 0, 0], abs=1e-4)
+    # refined turns in order: 0 of the first, 0 and 1 of the second, 0 of the last; only turn 0 of query a compares
+    first = standardised([probability(after[0], 0, heat), probability(after[1], 0, heat)])
+    assert judged.turn_advantage.tolist() == pytest.approx([first[0], first[1], 0, 0], abs=1e-4)
+    assert judged.numbers["accepted_right"] == pytest.approx(3 / 6)
+    assert judged.numbers["turns"] == pytest.approx(9 / 6)
+    assert judged.numbers["groups_with_variance"] == pytest.approx(1 / 3)
+    assert judged.numbers["reward_answer"] == pytest.approx((1 - 1 - 1 + 1 + 1 + 1) / 6)
+    gains = [probability(after[i], 0, heat) for i in (0, 1)]
+    assert judged.numbers["retrieval_variance"] == pytest.approx(np.var(gains, ddof=1), rel=1e-4)
+
+
+def test_grpo_without_any_refinement() -> None:
+    start = toward(1.0, 0.0, 0.0)
+    found = [path("a", [turn("a", "matched", start)], start, "matched"), path("a", [turn("a", None, start)], start)]
+    judged = grpo.judge(found, tiny_library(), GrpoTraining(rewards={"answer": 1.0}), torch.tensor([0, 0]))
+    assert judged.turn_advantage.shape == (0,)
+    assert judged.text_advantage.tolist() == pytest.approx(standardised([1.0, -1.0]))
+    assert judged.numbers["retrieval_variance"] == 0.0
+
+
+@torch.no_grad()
+def spoken(policy: Policy, shelf: Shelf, moment: Moment, video_id: str, reply: Reply, sigma: float, seed: int) -> Turn:
+    """The turn in which `policy` says `reply`, as the loop would have recorded it."""
+    prompt = protocol.prompt(policy.tokenizer, moment.text, shelf.features(video_id), system=policy.settings.system)
+    ids = tuple(policy.tokenizer(protocol.render(reply), add_special_tokens=False)["input_ids"])
+    hidden, state = backbone.run(policy.model.model, [Row((*prompt.token_ids, *ids), prompt.video)], keep_cache=True)
+    assert state is not None
+    logp = policy.logits(hidden[0, -len(ids) - 1 : -1]).log_softmax(-1)[range(len(ids)), ids]
+    made = Turn(video_id, 0.5, 1, reply, protocol.render(reply), ids, logp, torch.zeros(4))
+    if reply.answer == "matched":
+        return made
+    soft = soft_tokens(policy, hidden[:, -1], state, sigma=sigma, noise=NoiseStream(seed, 0))
+    return replace(made, latents=soft.means[0], actions=soft.actions[0])
+
+
+@pytest.fixture
+def step(tiny_policy: Policy, world: World, shelf: Shelf) -> tuple[list[Trajectory], grpo.Judged, GrpoTraining]:
+    """Two trajectories of one query, of different lengths, and made-up advantages."""
+    settings = GrpoTraining(sigma=0.1, beta=0.1)
+    query = world.queries("train")[0]
+    other = next(scene for scene in world.scenes("train") if judge(query.attributes, scene).answer == "not_matched")
+    right, wrong = judge(query.attributes, query.scene), judge(query.attributes, other)
+    assert query.moment.video_id is not None
+
+    def said(video_id: str, reply: Reply, seed: int) -> Turn:
+        return spoken(tiny_policy, shelf, query.moment, video_id, reply, settings.sigma, seed)
+
+    found = [
+        Trajectory(
+            query.moment,
+            (said(other.video_id, wrong, 1), said(query.moment.video_id, right, 2)),
+            torch.zeros(4),
+            1,
+            "matched",
+        ),
+        Trajectory(query.moment, (said(other.video_id, wrong, 3),), torch.zeros(4), 2, "turns"),
+    ]
+    return found, grpo.Judged(torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0]), {}), settings
+
+
+def test_a_grpo_step_starts_at_ratio_one_and_kl_zero(tiny_policy: Policy, shelf: Shelf, step: Any) -> None:
+    found, judged, settings = step
+    reference = grpo._frozen_copy(tiny_policy)
+    _, numbers = grpo._loss(tiny_policy, reference, shelf, found, judged, settings)
+    assert numbers["ratio"] == pytest.approx(1, abs=1e-3)
+    assert numbers["latent_ratio"] == pytest.approx(1, abs=1e-3)
+    assert numbers["kl"] == pytest.approx(0, abs=1e-6)
+    assert numbers["latent_distance"] == pytest.approx(1, abs=0.15)
+
+
+def test_a_grpo_step_teaches_model_and_head_and_leaves_the_reference_alone(
+    tiny_policy: Policy, shelf: Shelf, step: Any
+) -> None:
+    found, judged, settings = step
+    reference = grpo._frozen_copy(tiny_policy)
+    before = {name: weight.clone() for name, weight in reference.named_parameters()}
+    groups = sft.trainable(tiny_policy, settings.head_learning_rate)
+    loss, _ = grpo._loss(tiny_policy, reference, shelf, found, judged, settings)
+    loss.backward()
+
+    def learns(module: torch.nn.Module) -> bool:
+        return all(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+
+    assert all(
+        learns(layer.mlp) and learns(layer.self_attn.o_proj) for layer in tiny_policy.model.model.language_model.layers
+    )
+    assert learns(tiny_policy.head.refine_projector)
+    assert learns(tiny_policy.head.refine_latent_input_projector)
+    assert all(weight.grad is None for weight in tiny_policy.head.refine_append_input_projector.parameters())
+    assert all(weight.grad is None for weight in tiny_policy.videos.visual.parameters())
+
+    torch.optim.SGD([weight for group in groups for weight in group["params"]], lr=1e-2).step()
+    assert all(
+        weight.grad is None and torch.equal(weight, before[name]) for name, weight in reference.named_parameters()
+    )
+    assert reference.videos.visual is tiny_policy.videos.visual
+    _, moved = grpo._loss(tiny_policy, reference, shelf, found, judged, settings)
+    assert moved["kl"] > 1e-7
+
+
+def test_a_grpo_step_makes_the_better_trajectory_likelier(tiny_policy: Policy, shelf: Shelf, step: Any) -> None:
+    found, judged, settings = step
+    reference = grpo._frozen_copy(tiny_policy)
+    groups = sft.trainable(tiny_policy, settings.head_learning_rate)
+    text_only = replace(settings, latent_weight=0.0)
+    loss, _ = grpo._loss(tiny_policy, reference, shelf, found, judged, text_only)
+    loss.backward()
+    torch.optim.SGD([weight for group in groups for weight in group["params"]], lr=1e-2).step()
+    better = found[0].turns[1]
+    again = spoken(tiny_policy, shelf, found[0].moment, better.video_id, better.reply, settings.sigma, 2)
+    assert float(again.token_logps.sum()) > float(better.token_logps.sum()) + 1e-4
+
+
+def test_hits_rank_without_the_rejected_videos_only_where_asked() -> None:
+    matrix, rows = CorpusMatrix(ROWS), {"a": 0, "b": 1, "c": 2}
+    toward_b = toward(0.4, 0.9, 0.1)
+    found = [
+        path("a", [turn("b", "not_matched", toward_b)], toward_b),  # right once b has left
+        path("b", [turn("b", "matched", toward_b)], toward_b, "matched"),  # accepted: b stays
+        path("b", [turn("b", "not_matched", toward_b)], toward_b),  # wrongly rejected
+        path("c", [turn("b", "not_matched", toward_b), turn("a", "matched", toward_b)], toward_b, "matched"),
+    ]
+    assert evaluate.hits(found, matrix, rows, exclude=True).tolist() == [1, 1, 0, 0]
+    assert evaluate.hits(found, matrix, rows, exclude=False).tolist() == [0, 1, 1, 0]
+
+
+def test_found_second_looks_at_the_second_video_alone() -> None:
+    query = toward(1.0, 0.0, 0.0)
+    shown = {name: turn(name, "not_matched", query) for name in "abc"}
+    found = [
+        path("a", [shown["b"], shown["a"]], query),
+        path("a", [shown["a"]], query, "matched"),
+        path("a", [shown["b"], shown["c"], shown["a"]], query),
+        path("a", [shown["b"]], query),
+    ]
+    assert evaluate.found_second(found).tolist() == [1, 0, 0, 0]
+
+
+@torch.no_grad()
+def test_by_soft_tokens_goes_from_the_first_query_to_the_refined_one(
+    tiny_policy: Policy, tiny_embedder: Embedder, shelf: Shelf, world: World
+) -> None:
+    matrix, rows = shelf.matrix(), {name: row for row, name in enumerate(shelf.video_ids)}
+    generator = torch.Generator().manual_seed(0)
+    found, first_hits, last_hits = [], [], []
+    for number, query in enumerate(world.queries("train")):
+        moment = query.moment
+        assert moment.video_id is not None
+        accepts = number % 3 == 0
+        actions = None if accepts else torch.randn(8, tiny_policy.settings.soft_size, generator=generator)
+        rank = 1 + number % 2
+        made = replace(turn("a", None, toward(0, 0, 0)), rank=rank, actions=actions)
+        found.append(Trajectory(moment, (made,), torch.zeros(4), 1, "turns"))
+        first_hits.append(rank == 1)
+        if actions is None:
+            last_hits.append(rank == 1)
+            continue
+        vector = tiny_embedder.embed_texts([moment.text], tiny_policy.head.soft_tokens(actions[None]))[0]
+        last_hits.append(int((matrix.rows @ vector).argmax()) == rows[moment.video_id])
+    curve = evaluate.by_soft_tokens(tiny_policy, tiny_embedder, matrix, rows, found, 10)
+    assert [point["tokens"] for point in curve] == list(range(9))
+    assert curve[0]["R@1"]["value"] == pytest.approx(np.mean(first_hits))
+    assert curve[8]["R@1"]["value"] == pytest.approx(np.mean(last_hits))
+    assert np.mean(first_hits) != np.mean(last_hits)
+
+
+def test_a_trajectory_as_json_holds_no_tensors() -> None:
+    query = toward(1.0, 0.0, 0.0)
+    one = path("a", [turn("b", "not_matched", query, True), turn("a", "matched", query)], query, "matched")
+    said = json.loads(json.dumps(evaluate.as_json(one)))
+    assert [shown["video_id"] for shown in said["turns"]] == ["b", "a"]
+    assert (said["turns"][1]["start"], said["turns"][1]["end"]) == (1.0, 3.0)
+    assert (said["first_rank"], said["final_rank"], said["stop"], said["failure"]) == (1, 1, "matched", None)
