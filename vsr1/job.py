@@ -293,8 +293,10 @@ def _texts() -> list[str]:
     """What the tokenizer learns from: every word of the world with and without a space before it, times, and templates."""
     words = all_words()
     frame = ["a = b != c ; find d", "matched not_matched", "system user assistant", 'Query: ""', "Retrieved video: "]
-    times = [f"{second} to {second + 1} s <{second}.5 seconds><{second}.0 seconds>" for second in range(64)]
-    return 2 * [" ".join(words), *words, *frame, *times, INSTRUCTION, SHORT_SYSTEM]
+    times = [f"{second} to {second + 1} s" for second in range(64)]
+    # a stamp starts its line, as it does in a prompt: a space before it would split it into four tokens
+    stamps = [f"<{second}.{half} seconds>" for second in range(64) for half in (0, 5)]
+    return 2 * [" ".join(words), *words, *frame, *times, *stamps, INSTRUCTION, SHORT_SYSTEM]
 
 
 def _absent() -> Policy:

@@ -328,3 +328,10 @@ def test_every_word_is_one_token(tiny_embedder: Embedder) -> None:
     for word in all_words():
         ids = tiny_embedder.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
         assert len(ids) == 1 or canonical(word) is None, word
+
+
+@pytest.mark.parametrize("second", [0.5, 7.0, 14.5, 63.5])
+def test_a_time_stamp_is_one_token(tiny_embedder: Embedder, second: float) -> None:
+    stamp = f"<{second:.1f} seconds>"
+    ids = tiny_embedder.tokenizer(f"<|vision_end|>{stamp}<|vision_start|>", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 3, stamp
