@@ -44,15 +44,15 @@ class SftTraining:
     refine_from: the share of steps after which the soft tokens learn; contrast_from: after which InfoNCE joins.
     """
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=400, learning_rate=1.5e-3))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=600, learning_rate=1.5e-3))
     head_learning_rate: float = 2e-3
     batch: int = 32
     matched: float = 0.5
     confusions: int = 10
     answer_weight: float = 4.0
-    mark_weight: float = 2.0
-    refine_from: float = 0.4
-    contrast_from: float = 0.6
+    mark_weight: float = 4.0
+    refine_from: float = 0.65
+    contrast_from: float = 0.8
     refine_rows: int = 12
     distillation_weight: float = 1.0
     contrast_weight: float = 0.3
