@@ -72,7 +72,7 @@ class _Disk:
         while cause is not None:
             if _full(cause):
                 raise Vsr1Error(
-                    f"the disk of '{self.folder}' is full; free some space and run the same command again, nothing is lost"
+                    f"the disk of '{self.folder}' is full; free some space and run the same command again (checkpoints are kept)"
                 ) from error
             if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise Vsr1Error(f"run folder '{self.folder}': '{cause.filename}': {cause.strerror}") from error
