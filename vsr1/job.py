@@ -25,7 +25,7 @@ from vsr1.config import STAGES, RunConfig
 from vsr1.corpus import Corpus
 from vsr1.data.vocabulary import all_words
 from vsr1.data.world import World, build
-from vsr1.errors import ConfigError, VideoError, Vsr1Error
+from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.eval import metrics
 from vsr1.eval.evaluate import Evaluation, as_json, evaluate
 from vsr1.eval.report import write_report
@@ -143,9 +143,7 @@ class Job:
         path = self.folder / "seconds.json"
         spent = json.loads(path.read_text()) if path.is_file() else {}
         spent[stage] = round(spent.get(stage, 0.0) + seconds, 1)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(json.dumps(spent))
-        aside.rename(path)
+        _replace(path, json.dumps(spent))
 
     def world(self) -> World:
         """The rendered world (made at most once a process)."""
@@ -185,36 +183,24 @@ class Job:
     def corpus(self, name: str, embedder: Embedder, video_ids: Sequence[str]) -> Shelf:
         """The corpus folder `name` of these videos, indexed at most once."""
         folder = self.folder / "corpus" / name
-        if folder.is_dir():
-            corpus = Corpus.open(folder, embedder.identity)
-        else:
+        paths = [self.world().video_path(video_id).absolute() for video_id in video_ids]
+        with self.monitor.phase(f"index {name}", len(paths)) as phase:
+            features = embedder.videos.encode_all(paths, workers=self.workers, progress=phase.update)
+        if not folder.is_dir():
             aside = folder.with_name(f".{name}.tmp")
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)
             corpus = Corpus.create(aside, embedder.dimension, embedder.identity)
-        world = self.world()
-        paths = [world.video_path(video_id) for video_id in video_ids]
-        with self.monitor.phase(f"index {name}", len(paths)) as phase:
-            features = embedder.videos.encode(paths, workers=self.workers, progress=phase.update)
-        if not folder.is_dir():
             for begin in range(0, len(paths), 128):
-                some = features[begin : begin + 128]
-                for one in some:
-                    if isinstance(one, VideoError):
-                        raise one
-                good = [one for one in some if not isinstance(one, VideoError)]
-                with torch.no_grad():
-                    vectors = embedder.embed_videos(good)
                 part = slice(begin, begin + 128)
-                durations = [one.duration for one in good]
-                corpus.add(
-                    video_ids[part], vectors, paths=[os.path.abspath(p) for p in paths[part]], durations=durations
-                )
+                with torch.no_grad():
+                    vectors = embedder.embed_videos(features[part])
+                durations = [one.duration for one in features[part]]
+                corpus.add(video_ids[part], vectors, paths=paths[part], durations=durations)
             aside.rename(folder)
-            corpus = Corpus.open(folder, embedder.identity)
-        return Shelf(corpus, embedder.videos)
+        return Shelf(Corpus.open(folder, embedder.identity), embedder.videos)
 
-    def sft(self) -> tuple[Embedder, Policy]:
+    def sft(self) -> None:
         """Stage 1 of the policy."""
         embedder = self.embedder()
 
@@ -225,13 +211,14 @@ class Job:
             train_sft(policy, embedder, self.world(), shelf, self.config.sft, self.config.seed, self.keeper)
             return policy
 
-        return embedder, self._policy("policy-sft", embedder, make)
+        self._policy("policy-sft", embedder, make)
 
-    def grpo(self) -> tuple[Embedder, Policy]:
+    def grpo(self) -> None:
         """Stage 2 of the policy."""
-        embedder, policy = self.sft()
+        embedder = self.embedder()
 
         def make() -> Policy:
+            policy = self._policy("policy-sft", embedder, _absent)
             scenes = self.world().scenes("train", fold="policy")[: self.config.grpo.videos]
             shelf = self.corpus("grpo", embedder, [scene.video_id for scene in scenes])
             known = set(shelf.video_ids)
@@ -240,7 +227,7 @@ class Job:
             train_grpo(policy, embedder, moments, shelf, self.config.grpo, self.config.seed, self.keeper)
             return policy
 
-        return embedder, self._policy("policy-grpo", embedder, make)
+        self._policy("policy-grpo", embedder, make)
 
     def _policy(self, name: str, embedder: Embedder, make: Callable[[], Policy]) -> Policy:
         def load(path: Path) -> Policy:
@@ -250,9 +237,8 @@ class Job:
 
     def eval(self) -> None:
         """Both policies on the test videos; `eval.json`, `trajectories.jsonl` and `report.html`."""
-        embedder, _ = self.grpo()
         if not (self.folder / "eval.json").is_file():
-            self._evaluate(embedder)
+            self._evaluate(self.embedder())
         if not (self.folder / "report.html").is_file():
             write_report(self.folder, self.world().video_path)
         self.monitor.say(f"report: {self.folder / 'report.html'}")
@@ -284,9 +270,14 @@ class Job:
         }
         lines = "".join(json.dumps(as_json(one)) + "\n" for one in found["grpo"].trajectories)
         for name, text in (("trajectories.jsonl", lines), ("eval.json", json.dumps(result, indent=1))):
-            aside = self.folder / f"{name}.tmp"
-            aside.write_text(text)
-            aside.rename(self.folder / name)
+            _replace(self.folder / name, text)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text)
+    aside.rename(path)
 
 
 def _texts() -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vsr1.agent import rollout
 from vsr1.agent.rollout import Library, LoopSettings, Refinement, Verdict
@@ -104,15 +105,16 @@ def evaluate(
 
 def hits(trajectories: Sequence[Trajectory], matrix: CorpusMatrix, rows: dict[str, int], exclude: bool) -> np.ndarray:
     """1 where the right video leads the final ranking; with `exclude`, the rejected videos have left that ranking."""
-    values = []
-    for one in trajectories:
-        assert one.final_query is not None
-        assert one.moment.video_id is not None
-        rejected = [rows[turn.video_id] for turn in one.turns if turn is not one.accepted]
-        gone = torch.tensor([rejected]) if exclude and rejected else None
-        top = scan(one.final_query[None], matrix, k=1, exclude=gone).ids[0, 0]
-        values.append(float(int(top) == rows[one.moment.video_id]))
-    return np.array(values)
+    if not trajectories:
+        return np.zeros(0)
+    right = [rows[one.moment.video_id] for one in trajectories if one.moment.video_id is not None]
+    queries = torch.stack([one.final_query for one in trajectories if one.final_query is not None])
+    gone = None
+    if exclude:
+        rejected = [[rows[turn.video_id] for turn in one.turns if turn is not one.accepted] for one in trajectories]
+        gone = pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in rejected], True, padding_value=-1)
+    top = scan(queries, matrix, k=1, exclude=gone).ids[:, 0]
+    return (top.numpy() == np.array(right)).astype(np.float64)
 
 
 def found_second(trajectories: Sequence[Trajectory]) -> np.ndarray:

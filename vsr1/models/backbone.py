@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vsr1.models.vision import VideoFeatures
+from vsr1.ops.linear_logp import linear_logp
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,26 @@ def run(
     )
     state = State(cache, mask, next_position) if cache is not None else None
     return output.last_hidden_state, state
+
+
+def spoken_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    spoken: Sequence[Sequence[int]],
+    *,
+    last_is_fed: bool = True,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Log-probabilities of the tokens each row ends with, all rows behind one another: (sum of lengths,).
+
+    hidden (B, L, H) left-padded, weight (V, H) the output matrix. A token is read off the column before its own; where the
+    last token of a row was not fed (`last_is_fed=False`), its column does not exist and that column is the last.
+    """
+    shift = 1 if last_is_fed else 0
+    end = hidden.shape[1] - shift
+    speaking = torch.cat([row[end - len(ids) : end] for row, ids in zip(hidden, spoken, strict=True)])
+    target = torch.tensor([token for ids in spoken for token in ids], device=hidden.device)
+    return linear_logp(speaking, weight, target, temperature=temperature).logp
 
 
 def advance(model: Any, state: State, embeds: Tensor, active: Tensor | None = None) -> Tensor:

@@ -169,6 +169,15 @@ class VideoEncoder:
                 progress(count, len(missing))
         return [results[key] for key in keys]
 
+    def encode_all(self, paths: Sequence[Path], **options: Any) -> list[VideoFeatures]:
+        """As `encode` (same options), but a file that cannot be decoded raises its `VideoError`."""
+        features = []
+        for found in self.encode(paths, **options):
+            if isinstance(found, VideoError):
+                raise found
+            features.append(found)
+        return features
+
     def _remember(self, key: str, features: VideoFeatures) -> None:
         if features.bytes > self.cache_bytes:
             return

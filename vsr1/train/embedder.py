@@ -25,11 +25,9 @@ from vsr1.data.rationale import describe
 from vsr1.data.scene import Scene
 from vsr1.data.vocabulary import ATTRIBUTES, canonical, sentence, values
 from vsr1.data.world import World
-from vsr1.errors import VideoError
 from vsr1.models import backbone
 from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
-from vsr1.ops.linear_logp import linear_logp
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 
 
@@ -124,10 +122,8 @@ def continued(embedder: Embedder, rows: Sequence[Row], texts: Sequence[str]) -> 
     longer = [Row((*row.token_ids, *ids), row.video) for row, ids in zip(rows, said, strict=True)]
     hidden, _ = backbone.run(embedder.model, longer)
     ends = torch.tensor([-len(ids) - 1 for ids in said])
-    speaking = torch.cat([row[-len(ids) - 1 : -1] for row, ids in zip(hidden, said, strict=True)])
-    spoken = torch.tensor([token for ids in said for token in ids])
-    loss = -linear_logp(speaking, embedder.model.language_model.embed_tokens.weight, spoken).logp.mean()
-    return embedder.pool(hidden[torch.arange(len(rows)), ends]), loss
+    logp = backbone.spoken_logps(hidden, embedder.model.language_model.embed_tokens.weight, said)
+    return embedder.pool(hidden[torch.arange(len(rows)), ends]), -logp.mean()
 
 
 def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining, seed: int, keeper: Keeper) -> None:
@@ -137,12 +133,8 @@ def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining,
     backgrounds = np.array([f"{scene.background_colour} {scene.texture}" for scene in scenes])
     paths = [world.video_path(scene.video_id) for scene in scenes]
     with keeper.monitor.phase("encode", len(paths)) as phase:
-        features = embedder.videos.encode(paths, progress=phase.update)
-    prompts = []
-    for feature in features:
-        if isinstance(feature, VideoError):
-            raise feature
-        prompts.append(embedder.video_row(feature))
+        features = embedder.videos.encode_all(paths, progress=phase.update)
+    prompts = [embedder.video_row(feature) for feature in features]
     model = embedder.model.language_model
 
     def step(index: int) -> StepResult:

@@ -26,7 +26,6 @@ from vsr1.models.backbone import Row, State
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.ops.corpus_scan import scan
-from vsr1.ops.linear_logp import linear_logp
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.records import Moment, Trajectory, Turn
 from vsr1.train import rewards
@@ -253,9 +252,8 @@ def _row(policy: Policy, moment: Moment, turn: Turn, shelf: Shelf) -> Row:
 
 def _token_logps(policy: Policy, hidden: Tensor, turns: Sequence[tuple[int, Turn]], temperature: float) -> Tensor:
     """Log-probabilities of every reply token, all turns behind one another."""
-    speaking = torch.cat([hidden[row, -len(turn.token_ids) - 1 : -1] for row, (_, turn) in enumerate(turns)])
-    target = torch.tensor([token for _, turn in turns for token in turn.token_ids])
-    return linear_logp(speaking, policy.model.lm_head.weight, target, temperature=temperature).logp
+    replies = [turn.token_ids for _, turn in turns]
+    return backbone.spoken_logps(hidden, policy.model.lm_head.weight, replies, temperature=temperature)
 
 
 def _replay(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from vsr1.corpus import Corpus
-from vsr1.errors import VideoError
 from vsr1.models.vision import VideoEncoder, VideoFeatures
 from vsr1.ops.corpus_scan import CorpusMatrix
 
@@ -37,7 +36,4 @@ class Shelf:
 
     def features(self, video_id: str) -> VideoFeatures:
         """The vision features of one video; raises VideoError for a file that cannot be read."""
-        (found,) = self._videos.encode([self.path(video_id)])
-        if isinstance(found, VideoError):
-            raise found
-        return found
+        return self._videos.encode_all([self.path(video_id)])[0]

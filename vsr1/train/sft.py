@@ -31,7 +31,6 @@ from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.models.vision import VideoFeatures
 from vsr1.ops.corpus_scan import info_nce, scan
-from vsr1.ops.linear_logp import linear_logp
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 from vsr1.train.losses import distillation_loss, sft_loss
@@ -208,10 +207,9 @@ def trainable(policy: Policy, head_learning_rate: float) -> list[dict[str, Any]]
 
 def say_loss(policy: Policy, hidden: Tensor, examples: Sequence[Example]) -> Tensor:
     """Weighted cross-entropy of the replies; hidden (B, L, H) is left-padded: n tokens are read off the last n columns."""
-    speaking = torch.cat([hidden[row, -len(one.reply) :] for row, one in enumerate(examples)])
-    target = torch.tensor([token for one in examples for token in one.reply])
+    replies = [one.reply for one in examples]
     weight = torch.tensor([value for one in examples for value in one.weights])
-    logp = linear_logp(speaking, policy.model.lm_head.weight, target).logp
+    logp = backbone.spoken_logps(hidden, policy.model.lm_head.weight, replies, last_is_fed=False)
     return sft_loss(logp[None], weight[None])
 
 
