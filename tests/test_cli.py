@@ -81,6 +81,8 @@ def test_quick_and_another_preset(one_line: Callable[..., str]) -> None:
         (["--grpo.loss-type", "ppo"], "loss-type"),
         (["--world.pixels", "7"], "'world.pixels'"),
         (["--world.train-videos", "4"], "'world.train_videos'"),
+        (["--device", "abacus"], "'abacus'"),
+        (["--device", "cuda:99"], "CUDA devices here"),
     ],
     ids=" ".join,
 )
@@ -269,12 +271,12 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
         "system": no_space,
     }
     model = nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizers = [torch.optim.AdamW(model.parameters())]
 
     def stage(self: job.Job) -> None:
-        checkpoint.save(self.keeper.folder, "sft", 1, model, optimizer)
+        checkpoint.save(self.keeper.folder, "sft", 1, model, optimizers)
         monkeypatch.setattr(checkpoint, "save_model", lambda *_: meets[library]())
-        checkpoint.save(self.keeper.folder, "sft", 2, model, optimizer)
+        checkpoint.save(self.keeper.folder, "sft", 2, model, optimizers)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job.Job, "world", stage)
@@ -286,7 +288,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
     with torch.no_grad():
         wanted = model.weight.clone()
         model.weight.zero_()
-    assert checkpoint.resume(tmp_path / "run" / "checkpoints", "sft", model, optimizer) == 1
+    assert checkpoint.resume(tmp_path / "run" / "checkpoints", "sft", model, optimizers) == 1
     assert torch.equal(model.weight, wanted)
 
 

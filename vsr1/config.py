@@ -44,6 +44,8 @@ class RunConfig:
     """stop after this stage (every stage brings its predecessors along)"""
     seed: int = 1
     workers: int = 0
+    device: str = "auto"
+    """where the models live: "cpu", "cuda", "cuda:1" .. ("auto": a GPU if torch sees one)"""
     checkpoint_every: float = 30.0
     world: WorldConfig = field(default_factory=WorldConfig)
     model: TinyConfig = field(default_factory=TinyConfig)
@@ -173,7 +175,7 @@ _ABOVE_ZERO = (
 )
 _NOT_BELOW_ZERO = (
     *("seed", "workers", "evaluation.queries", "grpo.sigma", "grpo.beta", "grpo.latent_weight"),
-    *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay")),
+    *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay", "muon")),
 )
 
 

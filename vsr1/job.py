@@ -41,17 +41,32 @@ from vsr1.train.monitor import Monitor, clock
 from vsr1.train.sft import train_sft
 from vsr1.train.vision import train_vision
 
-_FREE = ("run", "stage", "workers", "checkpoint_every")  # may change between two calls on one folder
+_FREE = ("run", "stage", "workers", "device", "checkpoint_every")  # may change between two calls on one folder
 Module = TypeVar("Module", Embedder, Policy)
 
 
 def run(config: RunConfig) -> Path:
     """Run `config` to the end of its stage; returns the run folder. Errors a person can mend are `Vsr1Error`s."""
     configuration.check(config)
+    device_of(config)
     claim(config)
     with _Disk(config.run), Monitor(config.run) as monitor:
         Job(config, monitor).run()
     return config.run
+
+
+def device_of(config: RunConfig) -> torch.device:
+    """Where the models of this run live; ConfigError for a device torch does not know or this machine does not have."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ConfigError(f"'device' must be auto, cpu, cuda or cuda:N, got '{config.device}'") from error
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
+        raise ConfigError(f"'device' is '{config.device}', and torch sees {count} CUDA devices here; use --device cpu")
+    return device
 
 
 class _Disk:
@@ -122,6 +137,8 @@ class Job:
         self.folder = config.run
         self.monitor = monitor
         self.workers = config.workers or os.cpu_count() or 1
+        self.device = device_of(config)
+        self._started = time.monotonic()
         self.keeper = Keeper(self.folder / "checkpoints", monitor, config.checkpoint_every)
         self._world: World | None = None
 
@@ -131,19 +148,23 @@ class Job:
         began = time.monotonic()
         for number, stage in enumerate(STAGES[: last + 1], 1):
             self.monitor.say(f"[bold]\\[{number}/{last + 1}] {stage}[/bold]")
-            started = time.monotonic()
+            self._started = time.monotonic()
             try:
                 getattr(self, stage)()
             finally:
-                self._spent(stage, time.monotonic() - started)
+                self._spent(stage)
         self.monitor.say(f"done in {clock(time.monotonic() - began)}: {self.folder}")
 
-    def _spent(self, stage: str, seconds: float) -> None:
-        """Add to the time a stage took over all calls; `seconds.json` keeps it for the report."""
+    def _spent(self, stage: str) -> dict[str, float]:
+        """Add the time since the stage started, or since this was last asked, to what it took over all calls;
+        `seconds.json` keeps it for the report. Returns the seconds of every stage so far."""
         path = self.folder / "seconds.json"
-        spent = json.loads(path.read_text()) if path.is_file() else {}
-        spent[stage] = round(spent.get(stage, 0.0) + seconds, 1)
+        spent: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        now = time.monotonic()
+        spent[stage] = round(spent.get(stage, 0.0) + now - self._started, 1)
+        self._started = now
         _replace(path, json.dumps(spent))
+        return spent
 
     def world(self) -> World:
         """The rendered world (made at most once a process)."""
@@ -157,7 +178,7 @@ class Job:
         """The finished model called `name`, loaded if its folder stands, else made and published."""
         final = self.folder / "models" / name
         if final.is_dir():
-            return load(final).eval().requires_grad_(False)
+            return load(final).to(self.device).eval().requires_grad_(False)
         model = make().eval().requires_grad_(False)
         aside = final.with_name(f".{name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
@@ -173,7 +194,7 @@ class Job:
             world = self.world()
             torch.manual_seed(self.config.seed)
             tokenizer = train_tokenizer(_texts())
-            embedder = Embedder.tiny(tokenizer, self.config.model)
+            embedder = Embedder.tiny(tokenizer, self.config.model).to(self.device)
             train_vision(embedder.videos, world, self.config.vision, self.config.seed, self.keeper, self.workers)
             train_embedder(embedder, world, self.config.embedder, self.config.seed, self.keeper)
             return embedder
@@ -207,7 +228,7 @@ class Job:
         def make() -> Policy:
             shelf = self.corpus("train", embedder, [scene.video_id for scene in self.world().scenes("train")])
             torch.manual_seed(self.config.seed)
-            policy = Policy.tiny(embedder, soft_tokens=self.config.model.soft_tokens)
+            policy = Policy.tiny(embedder, soft_tokens=self.config.model.soft_tokens).to(self.device)
             train_sft(policy, embedder, self.world(), shelf, self.config.sft, self.config.seed, self.keeper)
             return policy
 
@@ -257,14 +278,13 @@ class Job:
         self._write(found, len(moments), len(shelf.video_ids))
 
     def _write(self, found: dict[str, Evaluation], queries: int, corpus_size: int) -> None:
-        seconds = json.loads((self.folder / "seconds.json").read_text())
         difference = metrics.difference(found["sft"].trajectories, found["grpo"].trajectories)
         result = {
             "seed": self.config.seed,
             "split": "test",
             "queries": queries,
             "corpus_size": corpus_size,
-            "stages_seconds": seconds,
+            "stages_seconds": self._spent("eval"),
             **{stage: evaluation.figures for stage, evaluation in found.items()},
             "difference": {name: interval.as_dict() for name, interval in difference.items()},
         }

@@ -251,6 +251,21 @@ def test_memory_spares_the_second_run_every_question(policy, embedder, corpus, m
     assert [shown(one)[:2] for one in one_more] == [shown(one) for one in first]
 
 
+@pytest.mark.parametrize("how", ["blank", "shuffled"])
+def test_a_control_of_the_video_says_the_same_words(policy, embedder, corpus, moments, asked, how):
+    settings, memo = LoopSettings(turns=1, sampling=SHORT), {}
+    found = rollout.run(policy, embedder, corpus, moments, settings=settings, memo=memo)
+    calls, verdicts = len(asked), dict(memo)
+    other = rollout.run(policy, embedder, corpus, moments, settings=replace(settings, refinement=how), memo=memo)
+    assert len(asked) == calls
+    assert memo == verdicts  # what was made before another video is no verdict on this one
+    for one, twin in zip(found, other, strict=True):
+        (turn,), (changed,) = one.turns, twin.turns
+        assert (turn.text, turn.video_id) == (changed.text, changed.video_id)
+        assert (turn.actions is None) == (changed.actions is None)
+        assert turn.actions is None or not torch.equal(turn.actions, changed.actions)
+
+
 def test_equal_seeds_repeat_a_run_and_other_seeds_do_not(policy, embedder, corpus, moments):
     def run(seed):
         sampling = Sampling(temperature=1.0, max_tokens=6, seed=seed)

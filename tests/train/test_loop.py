@@ -145,7 +145,7 @@ def test_schedule() -> None:
 
 def test_each_group_keeps_its_own_peak(train: Train) -> None:
     """AdamW's first update is the learning rate times the sign of the gradient, less the decay."""
-    settings = Optimisation(steps=1, learning_rate=1e-2, warmup=4, weight_decay=0.0, clip=1e9)
+    settings = Optimisation(steps=1, learning_rate=1e-2, warmup=4, weight_decay=0.0, clip=1e9, muon=0.0)
     before, after = Toy(), train("peaks", settings=settings)
     moved = {name: (weight - before.state_dict()[name]).abs().max() for name, weight in after.state_dict().items()}
     assert moved["body.weight"] == pytest.approx(1e-2 / 4, rel=1e-3)
@@ -251,10 +251,10 @@ def test_the_loop_runs_outside_the_main_thread(train: Train) -> None:
 # Checkpoints
 
 
-def parts(seed: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+def parts(seed: int) -> tuple[nn.Linear, list[torch.optim.Optimizer]]:
     torch.manual_seed(seed)
     model = nn.Linear(3, 3)
-    return model, torch.optim.AdamW(model.parameters())
+    return model, [torch.optim.AdamW(model.parameters())]
 
 
 def test_leftovers_of_a_kill_are_ignored_and_replaced(tmp_path: Path) -> None:

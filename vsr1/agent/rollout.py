@@ -21,7 +21,7 @@ from vsr1.agent.generate import Sampling, generate, soft_tokens
 from vsr1.corpus import Corpus
 from vsr1.errors import VideoError
 from vsr1.models import backbone
-from vsr1.models.backbone import Row, State
+from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.models.vision import VideoFeatures, blank
@@ -124,7 +124,7 @@ def stream(
     """As `run`, but trajectories are yielded batch by batch."""
     if not len(corpus.video_ids):
         raise ValueError("the corpus is empty: add videos before searching it")
-    matrix, video_ids = corpus.matrix(), list(corpus.video_ids)
+    matrix, video_ids = corpus.matrix().to(embedder.videos.device), list(corpus.video_ids)
     row_of = {video_id: row for row, video_id in enumerate(video_ids)}
     done = 0
     for begin in range(0, len(queries), settings.batch):
@@ -159,7 +159,7 @@ def _ranks(matrix: CorpusMatrix, queries: Tensor, positives: Sequence[int]) -> l
     known = [index for index, row in enumerate(positives) if row >= 0]
     ranks: list[int | None] = [None] * len(positives)
     if known:
-        positive = torch.tensor([positives[index] for index in known])
+        positive = torch.tensor([positives[index] for index in known], device=queries.device)
         found = scan(queries[known], matrix, k=1, positive=positive)
         assert found.rank is not None
         for index, rank in zip(known, found.rank.tolist(), strict=True):
@@ -182,7 +182,7 @@ def _take_turn(
     queries = torch.stack([one.query for one in active])
     exclude = None
     if settings.exclude and active[0].shown:
-        exclude = torch.tensor([one.shown for one in active])
+        exclude = torch.tensor([one.shown for one in active], device=queries.device)
     found = scan(queries, matrix, k=1, exclude=exclude)
     ranks = _ranks(matrix, queries, [one.positive for one in active])
     rows, scores = found.ids[:, 0].tolist(), found.scores[:, 0].tolist()
@@ -244,21 +244,17 @@ def ask(
     memo: dict[tuple[str, str], Verdict] | None = None,
 ) -> list[Verdict]:
     """The policy's verdict on each (moment, video id, features); pairs already in `memo` are not asked again."""
-    fresh = [
-        index
-        for index, (moment, video_id, _) in enumerate(pairs)
-        if memo is None or (moment.query_id, video_id) not in memo
-    ]
-    verdicts: dict[int, Verdict] = {}
+    known = {} if memo is None else memo
+    keys = [(moment.query_id, video_id) for moment, video_id, _ in pairs]
+    fresh = [index for index, key in enumerate(keys) if key not in known]
+    asked = _speak(policy, [pairs[index] for index in fresh], settings) if fresh else []
+    verdicts = dict(zip(fresh, asked, strict=True))
     if memo is not None:
-        verdicts = {i: memo[m.query_id, v] for i, (m, v, _) in enumerate(pairs) if (m.query_id, v) in memo}
-    if fresh:
-        replies = _speak(policy, [pairs[index] for index in fresh], settings)
-        for index, verdict in zip(fresh, replies, strict=True):
-            verdicts[index] = verdict
-            if memo is not None:
-                memo[pairs[index][0].query_id, pairs[index][1]] = verdict
-    return [verdicts[index] for index in range(len(pairs))]
+        memo.update((keys[index], verdict) for index, verdict in verdicts.items())
+    found = [verdicts[index] if index in verdicts else known[key] for index, key in enumerate(keys)]
+    if settings.refinement in ("blank", "shuffled"):
+        return _look_elsewhere(policy, pairs, found, settings.refinement)
+    return found
 
 
 def _speak(policy: Policy, pairs: Sequence[tuple[Moment, str, VideoFeatures]], settings: LoopSettings) -> list[Verdict]:
@@ -277,12 +273,8 @@ def _speak(policy: Policy, pairs: Sequence[tuple[Moment, str, VideoFeatures]], s
     actions: dict[int, Tensor] = {}
     if wants:
         rows = torch.tensor(wants, device=said.hidden.device)
-        hidden, state = said.hidden[rows], None
-        if settings.refinement in ("blank", "shuffled"):
-            hidden, state = _look_elsewhere(policy, prompts, group, said.token_ids, wants, settings.refinement)
-        else:
-            state = said.state.select(rows)
-        soft = soft_tokens(policy, hidden, state, sigma=settings.sigma, noise=NoiseStream(settings.sampling.seed, 0))
+        noise = NoiseStream(settings.sampling.seed, 0)
+        soft = soft_tokens(policy, said.hidden[rows], said.state.select(rows), sigma=settings.sigma, noise=noise)
         latents = dict(zip(wants, soft.means, strict=True))
         actions = dict(zip(wants, soft.actions, strict=True))
     return [
@@ -299,23 +291,26 @@ def _grouped(keys: Sequence[tuple[str, str]], samples: int) -> bool:
 
 def _look_elsewhere(
     policy: Policy,
-    prompts: Sequence[Row],
-    group: int,
-    token_ids: Sequence[tuple[int, ...]],
-    wants: Sequence[int],
+    pairs: Sequence[tuple[Moment, str, VideoFeatures]],
+    verdicts: Sequence[Verdict],
     how: Refinement,
-) -> tuple[Tensor, State]:
-    """The control of the video's worth: the same words, but read before a blank or another row's video."""
+) -> list[Verdict]:
+    """The control of the video's worth: the same words, but the soft tokens come from reading them before a blank or
+    another pair's video."""
+    wants = [index for index, verdict in enumerate(verdicts) if verdict.actions is not None]
+    if not wants:
+        return list(verdicts)
     rows = []
     for position, index in enumerate(wants):
-        prompt = prompts[index // group]
-        assert prompt.video is not None
-        video = blank(prompt.video)
-        if how == "shuffled":
-            other = prompts[wants[(position + 1) % len(wants)] // group].video
-            assert other is not None
-            video = other if other.grid == prompt.video.grid else video
-        rows.append(Row((*prompt.token_ids, *token_ids[index]), video))
+        moment, _, own = pairs[index]
+        other = pairs[wants[(position + 1) % len(wants)]][2]
+        seen = other if how == "shuffled" and other.grid == own.grid else blank(own)
+        prompt = protocol.prompt(policy.tokenizer, moment.text, own, system=policy.settings.system)
+        rows.append(Row((*prompt.token_ids, *verdicts[index].token_ids), seen))
     hidden, state = backbone.run(policy.model.model, rows, keep_cache=True)
     assert state is not None
-    return hidden[:, -1], state
+    soft = soft_tokens(policy, hidden[:, -1], state)
+    changed = list(verdicts)
+    for index, mean, action in zip(wants, soft.means, soft.actions, strict=True):
+        changed[index] = replace(verdicts[index], latents=mean, actions=action)
+    return changed

@@ -207,7 +207,7 @@ class Corpus:
         k remain a list is shorter and its scores end in -inf. Ties go to the video added first.
         Raises CorpusError for a query of another dimension.
         """
-        queries = torch.as_tensor(query)
+        queries = torch.as_tensor(query).cpu()
         if queries.ndim != 2:
             raise ValueError(f"query must have shape (B, {self.dimension}), got {tuple(queries.shape)}")
         if queries.shape[1] != self.dimension:

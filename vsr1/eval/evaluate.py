@@ -64,13 +64,12 @@ def evaluate(
 ) -> Evaluation:
     """Run the method and every control on `moments` (greedy replies) and measure them."""
     conditions: dict[str, tuple[Refinement, bool]] = {METHOD: ("soft", True), **CONTROLS}
-    said: dict[str, dict[tuple[str, str], Verdict]] = {}
+    # a greedy verdict depends on the pair alone, not on how the loop searches: each pair is asked once for all conditions
+    memo: dict[tuple[str, str], Verdict] = {}
     runs: dict[str, list[Trajectory]] = {}
     for number, (name, (refinement, exclude)) in enumerate(conditions.items()):
         loop = LoopSettings(turns=settings.turns, refinement=refinement, exclude=exclude, batch=128)
         loop = replace(loop, sampling=replace(loop.sampling, seed=seed))
-        # a greedy verdict depends on the pair and on what the policy sees while refining, not on how the loop searches
-        memo = said.setdefault(refinement if refinement in ("blank", "shuffled") else "as it is", {})
 
         def tell(done: int, total: int, before: int = number) -> None:
             if progress is not None:
@@ -113,8 +112,9 @@ def hits(trajectories: Sequence[Trajectory], matrix: CorpusMatrix, rows: dict[st
     if exclude:
         rejected = [[rows[turn.video_id] for turn in one.turns if turn is not one.accepted] for one in trajectories]
         gone = pad_sequence([torch.tensor(ids, dtype=torch.int64) for ids in rejected], True, padding_value=-1)
+        gone = gone.to(queries.device)
     top = scan(queries, matrix, k=1, exclude=gone).ids[:, 0]
-    return (top.numpy() == np.array(right)).astype(np.float64)
+    return (top.cpu().numpy() == np.array(right)).astype(np.float64)
 
 
 def found_second(trajectories: Sequence[Trajectory]) -> np.ndarray:
@@ -143,10 +143,11 @@ def by_soft_tokens(
             actions = torch.stack([_actions(first[index].actions)[:count] for index in refined])
             texts = [trajectories[index].moment.text for index in refined]
             vectors = embedder.embed_texts(texts, policy.head.soft_tokens(actions))
-            positive = torch.tensor([rows[trajectories[index].moment.video_id or ""] for index in refined])
+            right = [rows[trajectories[index].moment.video_id or ""] for index in refined]
+            positive = torch.tensor(right, device=vectors.device)
             found = scan(vectors, matrix, k=1, positive=positive).rank
             assert found is not None
-            now[refined] = found.numpy()
+            now[refined] = found.cpu().numpy()
         curve.append({"tokens": count, "R@1": metrics.bootstrap(now == 1, resamples).as_dict()})
     return curve
 

@@ -59,6 +59,10 @@ class CorpusMatrix:
         """Where the rows lie; queries must lie there too."""
         return self.rows.device
 
+    def to(self, device: torch.device) -> CorpusMatrix:
+        """The same rows on `device`; this matrix itself, uncopied, if it lies there."""
+        return self if device == self.device else CorpusMatrix(self.rows.to(device))
+
 
 def _as_tensor(rows: Any) -> Tensor:
     if isinstance(rows, Tensor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def publish(aside: Path, final: Path) -> None:
     aside.rename(final)
 
 
-def save(folder: Path, stage: str, step: int, modules: nn.Module, optimizer: torch.optim.Optimizer) -> Path:
+def save(folder: Path, stage: str, step: int, modules: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Path:
     """Write checkpoint `step` of `stage` under `folder` and drop the stage's older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(f".{stage}-step-*.tmp"):
@@ -39,7 +40,8 @@ def save(folder: Path, stage: str, step: int, modules: nn.Module, optimizer: tor
     aside.mkdir()
     save_model(modules, str(aside / "model.safetensors"))
     with (aside / "training.pt").open("wb") as file:  # given a path, torch would not say that the disk is full
-        torch.save({"optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(), "step": step}, file)
+        states = [optimizer.state_dict() for optimizer in optimizers]
+        torch.save({"optimizers": states, "rng": torch.get_rng_state(), "step": step}, file)
     final = folder / f"{stage}-step-{step}"
     publish(aside, final)
     for old in _all(folder, stage):
@@ -56,13 +58,14 @@ def _all(folder: Path, stage: str) -> list[Path]:
     return [path for _, path in sorted(mine)]
 
 
-def resume(folder: Path, stage: str, modules: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def resume(folder: Path, stage: str, modules: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Load the stage's newest checkpoint, if any; returns the number of steps already done."""
     found = _all(folder, stage)
     if not found:
         return 0
     load_model(modules, str(found[-1] / "model.safetensors"))
     state: dict[str, Any] = torch.load(found[-1] / "training.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     torch.set_rng_state(state["rng"])
     return int(state["step"])

@@ -49,7 +49,7 @@ class GrpoTraining:
     """
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=50, learning_rate=3e-5, warmup=5, weight_decay=0.0)
+        default_factory=lambda: Optimisation(steps=50, learning_rate=1e-5, warmup=5, weight_decay=0.0, muon=0.0)
     )
     head_learning_rate: float = 1e-4
     videos: int = 400
@@ -164,7 +164,7 @@ def judge(found: Sequence[Trajectory], shelf: Shelf, settings: GrpoTraining, gro
         kinds.extend(int(groups[row]) * settings.turns + number for number in numbers_of_turns)
     turn_advantage, gain = torch.zeros(0), torch.zeros(0)
     if queries:
-        gain = retrieval_probability(torch.stack(queries), owners, shelf, settings.temperature)
+        gain = retrieval_probability(torch.stack(queries), owners, shelf, settings.temperature).cpu()
         turn_advantage, _ = group_advantages(gain, torch.tensor(kinds))
     numbers = {f"reward_{name}": float(np.mean([each[name] for each in parts])) for name in settings.rewards}
     spread = [gain[torch.tensor(kinds) == kind].var() for kind in set(kinds) if kinds.count(kind) > 1]
@@ -188,7 +188,7 @@ def _right(one: Trajectory) -> bool:
 
 def retrieval_probability(queries: Tensor, moments: Sequence[Moment], shelf: Shelf, temperature: float) -> Tensor:
     """exp(-L_ret): the softmax probability (Q,) of each moment's video over the whole corpus."""
-    positive = torch.tensor([shelf.row(moment.video_id) for moment in moments])
+    positive = torch.tensor([shelf.row(moment.video_id) for moment in moments], device=queries.device)
     found = scan(queries, shelf.matrix(), k=1, positive=positive, temperature=temperature)
     assert found.positive_score is not None
     assert found.lse is not None
@@ -219,13 +219,13 @@ def _loss(
     def padded(flat: Tensor) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)
 
-    mask = torch.arange(width)[None] < torch.tensor(lengths)[:, None]
-    old = padded(torch.cat([turn.token_logps for _, turn in turns]))
+    mask = torch.arange(width, device=logp.device)[None] < torch.tensor(lengths, device=logp.device)[:, None]
+    old = padded(torch.cat([turn.token_logps for _, turn in turns]).to(logp.device))
     owner = torch.tensor([row for row, _ in turns])
     loss, stats = policy_loss(
         padded(logp),
         old,
-        judged.text_advantage[owner],
+        judged.text_advantage[owner].to(logp.device),
         mask,
         loss_type=settings.loss_type,
         clip_low=settings.clip_low,
@@ -237,7 +237,7 @@ def _loss(
     if refined and settings.latent_weight and settings.sigma:
         soft, old_soft = _replay(policy, hidden, state, [turns[index][1] for index in refined], refined, settings.sigma)
         latent, latent_stats = latent_loss(
-            soft.means, soft.actions, old_soft, judged.turn_advantage, settings.sigma, settings.clip_low
+            soft.means, soft.actions, old_soft, judged.turn_advantage.to(logp.device), settings.sigma, settings.clip_low
         )
         loss = loss + settings.latent_weight * latent
         stats |= {f"latent_{name}": value for name, value in latent_stats.items()}
@@ -260,7 +260,7 @@ def _replay(
     policy: Policy, hidden: Tensor, state: State, turns: Sequence[Turn], rows: Sequence[int], sigma: float
 ) -> tuple[SoftTokens, Tensor]:
     """The soft tokens of `turns` under the present weights, and their log-probability when they were drawn."""
-    chosen = torch.tensor(rows)
+    chosen = torch.tensor(rows, device=hidden.device)
     actions = torch.stack([turn.actions for turn in turns if turn.actions is not None])
     means = torch.stack([turn.latents for turn in turns if turn.latents is not None])
     soft = soft_tokens(policy, hidden[chosen, -1], state.select(chosen), sigma=sigma, replay=actions)

@@ -10,20 +10,22 @@ from vsr1.ops.corpus_scan import CorpusMatrix
 
 
 class Shelf:
-    """A `Corpus` whose videos' features are at hand; usable wherever the loop asks for a corpus."""
+    """A `Corpus` whose vectors and videos' features are at hand on the models' device; usable wherever the loop asks for a
+    corpus. It shows the corpus as it was when the shelf was made."""
 
     def __init__(self, corpus: Corpus, videos: VideoEncoder) -> None:
         self.corpus = corpus
         self._ids = list(corpus.video_ids)
         self._rows = {video_id: row for row, video_id in enumerate(self._ids)}
         self._videos = videos
+        self._matrix = corpus.matrix().to(videos.device)
 
     @property
     def video_ids(self) -> list[str]:
         return self._ids
 
     def matrix(self) -> CorpusMatrix:
-        return self.corpus.matrix()
+        return self._matrix
 
     def path(self, video_id: str) -> Path:
         return self.corpus.path(video_id)

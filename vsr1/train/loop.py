@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from vsr1.errors import Vsr1Error
 from vsr1.train import checkpoint
 from vsr1.train.monitor import Monitor
+from vsr1.train.optimizer import optimizers
 
 StepResult = tuple[Tensor | None, dict[str, float]]
 
@@ -32,7 +33,7 @@ class Interrupted(Vsr1Error):
 
 @dataclass
 class Optimisation:
-    """AdamW with linear warm-up and cosine decay to 5 %. learning_rate is the peak."""
+    """Linear warm-up and cosine decay to 5 %. learning_rate is AdamW's peak, muon times it is Muon's (0: AdamW alone)."""
 
     steps: int
     learning_rate: float
@@ -40,6 +41,7 @@ class Optimisation:
     weight_decay: float = 0.01
     clip: float = 1.0
     final_fraction: float = 0.05
+    muon: float = 2.0
 
     def rate(self, step: int) -> float:
         """The factor on the peak learning rate at `step`."""
@@ -92,21 +94,19 @@ def train(
 ) -> None:
     """Run `stage` from its newest checkpoint to `settings.steps`.
 
-    parameters: AdamW groups (`params`, optional `lr`). step(i) returns (loss, numbers to log), or (None, numbers) where a
+    parameters: optimizer groups (`params`, optional `lr`). step(i) returns (loss, numbers to log), or (None, numbers) where a
     batch has nothing to learn from: it is logged and no update is made. Raises Interrupted after Ctrl-C, once saved.
     """
-    for group in parameters:
-        group["peak"] = group.get("lr", settings.learning_rate)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
-    )
-    done = checkpoint.resume(keeper.folder, stage, modules, optimizer)
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    rate, decay = settings.learning_rate, settings.weight_decay
+    used = optimizers(modules, parameters, lr=rate, muon=settings.muon, weight_decay=decay)
+    done = checkpoint.resume(keeper.folder, stage, modules, used)
+    groups = [group for optimizer in used for group in optimizer.param_groups]
+    weights = [weight for group in groups for weight in group["params"]]
     saved = time.monotonic()
     with ctrl_c() as pressed, keeper.monitor.phase(stage, settings.steps, done) as phase:
         for index in range(done, settings.steps):
             rate = settings.rate(index)
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = group["peak"] * rate
             loss, numbers = step(index)
             if loss is not None:
@@ -114,17 +114,19 @@ def train(
                     raise Vsr1Error(
                         f"stage '{stage}', step {index}: the loss is {loss.item()}; lower the learning rate"
                     )
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in used:
+                    optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 numbers["gradient_norm"] = float(nn.utils.clip_grad_norm_(weights, settings.clip))
-                optimizer.step()
+                for optimizer in used:
+                    optimizer.step()
                 numbers["loss"] = loss.item()
             if index % log_every == 0 or index + 1 == settings.steps:
                 keeper.monitor.record(stage, index, learning_rate=settings.learning_rate * rate, **numbers)
             phase.update(index + 1, note=f"loss {numbers.get('loss', float('nan')):.3f}")
             stop = pressed()
             if stop or time.monotonic() - saved >= keeper.every or index + 1 == settings.steps:
-                checkpoint.save(keeper.folder, stage, index + 1, modules, optimizer)
+                checkpoint.save(keeper.folder, stage, index + 1, modules, used)
                 saved = time.monotonic()
             if stop:
                 raise Interrupted(f"stopped in stage '{stage}' after step {index + 1} of {settings.steps}; it is saved")

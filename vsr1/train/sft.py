@@ -43,15 +43,15 @@ class SftTraining:
     refine_from: the share of steps after which the soft tokens learn; contrast_from: after which InfoNCE joins.
     """
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=600, learning_rate=1.5e-3))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=400, learning_rate=1.5e-3))
     head_learning_rate: float = 2e-3
     batch: int = 32
     matched: float = 0.5
     confusions: int = 10
     answer_weight: float = 4.0
     mark_weight: float = 4.0
-    refine_from: float = 0.65
-    contrast_from: float = 0.8
+    refine_from: float = 0.5
+    contrast_from: float = 0.65
     refine_rows: int = 12
     distillation_weight: float = 1.0
     contrast_weight: float = 0.3
@@ -135,7 +135,7 @@ class Examples:
         shown = [scene.video_id for scene, _ in asked[:right]]
         with torch.no_grad():
             vectors = self.embedder.embed_texts(texts[right:])
-        own = torch.tensor([[self.shelf.row(scene.video_id)] for scene, _ in asked[right:]])
+        own = torch.tensor([[self.shelf.row(scene.video_id)] for scene, _ in asked[right:]], device=vectors.device)
         nearest = scan(
             vectors, self.shelf.matrix(), k=min(settings.confusions, len(names) - 1), exclude=own
         ).ids.tolist()
@@ -176,17 +176,17 @@ def train_sft(
         rows = [row for row, one in enumerate(drawn) if not one.matched][: settings.refine_rows]
         if refining and rows:
             assert state is not None
-            chosen = torch.tensor(rows)
+            chosen = torch.tensor(rows, device=hidden.device)
             soft = soft_tokens(policy, hidden[chosen, -1], state.select(chosen))
             entering = policy.head.soft_tokens(soft.actions)
             asked = [drawn[row] for row in rows]
             distil = distillation_loss(entering, canonical_embeddings(embedder, [one.attributes for one in asked]))
             loss = loss + settings.distillation_weight * distil
             numbers["distillation"] = distil.item()
-            unique = torch.tensor([examples.has_one_answer(one) for one in asked])
+            unique = torch.tensor([examples.has_one_answer(one) for one in asked], device=hidden.device)
             if index >= settings.contrast_from * total and bool(unique.any()):
                 refined = embedder.embed_texts([one.text for one in asked], entering)[unique]
-                positive = torch.tensor([shelf.row(one.video_id) for one in asked])[unique]
+                positive = torch.tensor([shelf.row(one.video_id) for one in asked], device=hidden.device)[unique]
                 contrast = info_nce(refined, matrix, positive, settings.temperature).mean()
                 loss = loss + settings.contrast_weight * contrast
                 numbers["contrast"] = contrast.item()
@@ -208,7 +208,7 @@ def trainable(policy: Policy, head_learning_rate: float) -> list[dict[str, Any]]
 def say_loss(policy: Policy, hidden: Tensor, examples: Sequence[Example]) -> Tensor:
     """Weighted cross-entropy of the replies; hidden (B, L, H) is left-padded: n tokens are read off the last n columns."""
     replies = [one.reply for one in examples]
-    weight = torch.tensor([value for one in examples for value in one.weights])
+    weight = torch.tensor([value for one in examples for value in one.weights], device=hidden.device)
     logp = backbone.spoken_logps(hidden, policy.model.lm_head.weight, replies, last_is_fed=False)
     return sft_loss(logp[None], weight[None])
 
@@ -225,4 +225,4 @@ def canonical_embeddings(embedder: Embedder, attributes: Sequence[dict[str, str]
         if any(len(word) != 1 for word in words):
             raise ValueError(f"distillation needs canonical words of one token each; got {canonical_rewrite(one)!r}")
         ids.append([word[0] for word in words])
-    return embedder.model.get_input_embeddings()(torch.tensor(ids))
+    return embedder.model.get_input_embeddings()(torch.tensor(ids, device=embedder.videos.device))

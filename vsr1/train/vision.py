@@ -31,7 +31,7 @@ IGNORE = -100
 class VisionTraining:
     """optimisation; videos decoded for it; frame pairs a step; weight of the shape loss (the hardest attribute)."""
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=320, learning_rate=2e-3, clip=2.0))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=480, learning_rate=2e-3, clip=2.0))
     videos: int = 2000
     pairs: int = 160
     shape_weight: float = 2.0
@@ -75,18 +75,18 @@ def train_vision(
     chosen = np.random.default_rng(seed).permutation(len(scenes))[: settings.videos]
     scenes = [scenes[index] for index in chosen]
     visual = videos.visual
-    modules = _Heads(visual, visual.config.out_hidden_size)
+    modules = _Heads(visual, visual.config.out_hidden_size).to(videos.device)
     frames, labels = _frame_pairs(videos, world, scenes, keeper, workers)
     weights = {name: settings.shape_weight if name == "shape" else 1.0 for name in ATTRIBUTES}
 
     def step(index: int) -> StepResult:
         rng = np.random.default_rng((seed, 1, index))
         pick = rng.choice(len(frames), min(settings.pairs, len(frames)), replace=False)
-        rows, grid = videos.frames_to_rows(frames[torch.from_numpy(pick)])
+        rows, grid = videos.frames_to_rows(frames[torch.from_numpy(pick)].to(videos.device))
         output = visual(rows, grid_thw=grid).pooler_output.unflatten(0, (len(pick), -1)).mean(1)
         loss, numbers = output.new_zeros(()), {}
         for column, (name, head) in enumerate(modules.heads.items()):
-            target = torch.from_numpy(labels[pick, column])
+            target = torch.from_numpy(labels[pick, column]).to(output.device)
             logits = head(output)
             loss = loss + weights[name] * F.cross_entropy(logits, target, ignore_index=IGNORE)
             seen = target != IGNORE
