@@ -51,7 +51,7 @@ class GrpoTraining:
     optimisation: Optimisation = field(
         default_factory=lambda: Optimisation(steps=50, learning_rate=1e-5, warmup=5, weight_decay=0.0, muon=0.0)
     )
-    head_learning_rate: float = 1e-4
+    head_learning_rate: float = 2e-5
     videos: int = 400
     queries: int = 3
     bootstrapped: float = 0.5
