@@ -141,18 +141,16 @@ def stream(
             if not active:
                 break
             seed = hash((settings.sampling.seed, begin, turn)) & 0x7FFFFFFF
-            _take_turn(policy, embedder, corpus, matrix, video_ids, active, replace_seed(settings, seed), memo)
+            turned = replace(
+                settings, sampling=replace(settings.sampling, seed=seed)
+            )  # own randomness a batch and turn
+            _take_turn(policy, embedder, corpus, matrix, video_ids, active, turned, memo)
         ranks = _ranks(matrix, torch.stack([one.query for one in opened]), [one.positive for one in opened])
         for one, rank in zip(opened, ranks, strict=True):
             yield Trajectory(one.moment, tuple(one.turns), one.query, rank, one.stop or "turns", one.failure)
         done += len(batch)
         if progress is not None:
             progress(done, len(queries))
-
-
-def replace_seed(settings: LoopSettings, seed: int) -> LoopSettings:
-    """The same settings with another sampling seed, so that every batch and turn draws its own randomness."""
-    return replace(settings, sampling=replace(settings.sampling, seed=seed))
 
 
 def _ranks(matrix: CorpusMatrix, queries: Tensor, positives: Sequence[int]) -> list[int | None]:

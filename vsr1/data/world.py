@@ -210,12 +210,6 @@ def build(
     return World.open(root)
 
 
-def caption(scene: Scene, rng: Random, drop: float = 0.15, rare: bool = False) -> str:
-    """A fresh fine sentence about a random event of a scene; with `rare`, all three synonyms are equally likely."""
-    attributes = scene.attributes(rng.randrange(len(scene.events)))
-    return sentence(attributes, rng, rare_fraction=1 / 3 if rare else 0.0, drop=drop)
-
-
 def _check_place(split: str, fold: str | None) -> None:
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got '{split}'")
