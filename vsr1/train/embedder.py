@@ -39,7 +39,7 @@ class EmbedderTraining:
     drop: chance of an attribute to go unmentioned; keywords: chance of canonical words behind a sentence.
     """
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=400, learning_rate=2e-3))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=360, learning_rate=2e-3))
     batch: int = 48
     sentences: int = 1
     focus_from: float = 0.5

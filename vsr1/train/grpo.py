@@ -53,7 +53,7 @@ class GrpoTraining:
     )
     head_learning_rate: float = 2e-5
     videos: int = 400
-    queries: int = 3
+    queries: int = 2
     bootstrapped: float = 0.5
     group: int = 8
     turns: int = 3

@@ -43,7 +43,7 @@ class SftTraining:
     refine_from: the share of steps after which the soft tokens learn; contrast_from: after which InfoNCE joins.
     """
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=400, learning_rate=1.5e-3))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=360, learning_rate=1.5e-3))
     head_learning_rate: float = 2e-3
     batch: int = 32
     matched: float = 0.5

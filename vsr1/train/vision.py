@@ -31,7 +31,7 @@ IGNORE = -100
 class VisionTraining:
     """optimisation; videos decoded for it; frame pairs a step; weight of the shape loss (the hardest attribute)."""
 
-    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=480, learning_rate=2e-3, clip=2.0))
+    optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=420, learning_rate=2e-3, clip=2.0))
     videos: int = 2000
     pairs: int = 160
     shape_weight: float = 2.0
