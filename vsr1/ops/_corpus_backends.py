@@ -309,33 +309,30 @@ def _triton(
     if positive is not None:
         outputs[3] = kernels.positive_scores(query, rows, positive)
         bar = _bar(outputs[3])[:, 0]
-    maxima, nan_count, greater, peak, mass = kernels.sweep(query, rows, exclude, positive, bar, temperature)
+    swept = kernels.sweep(query, rows, exclude, positive, bar, temperature, expected)
 
     best, best_ids = [], []
-    chosen = min(k, maxima.shape[1])
-    step = max(1, BLOCK_ELEMENTS // max(maxima.shape[1], chosen * kernels.GROUP))
-    group = torch.arange(maxima.shape[1], device=rows.device).expand(len(query), -1)
-    member = torch.arange(kernels.GROUP, device=rows.device)
+    chosen = min(k, swept.maxima.shape[1] + 1)  # one more than there are shows gather_scores that no group stays behind
+    step = max(1, BLOCK_ELEMENTS // max(1, chosen * kernels.group_size(len(query))))
     for first in range(0, len(query), step):
         part = slice(first, first + step)
-        _, groups = _top(maxima[part], group[part], chosen)
-        groups = groups.sort(dim=1).values[:, :, None]  # ascending, so that of equal scores the lower row comes first
-        ids = (groups * kernels.GROUP + member).masked_fill(groups < 0, -1).flatten(1)
-        ids = ids.masked_fill(ids >= len(rows), -1)
-        scores = kernels.gather_scores(query[part], rows, ids, None if exclude is None else exclude[part])
-        top_scores, top_ids = _top(scores.masked_fill(scores.isnan(), NEGATIVE_INFINITY), ids, k)
-        best.append(top_scores)
-        best_ids.append(top_ids)
+        groups = kernels.select(swept.maxima[part], None, chosen)
+        left_out = None if exclude is None else exclude[part]
+        scores, ids = kernels.select(*kernels.gather_scores(query[part], rows, swept, first, *groups, left_out), k)
+        order = scores.sort(dim=1, descending=True, stable=True)  # selected in row order, so the lower row comes first
+        best.append(order.values)
+        best_ids.append(ids.gather(1, order.indices))
 
-    outputs[:3] = torch.cat(best), torch.cat(best_ids), nan_count.sum(dim=0)
+    outputs[:3] = torch.cat(best), torch.cat(best_ids), swept.nan_count.long()
     if positive is not None:
-        outputs[4] = _rank(greater.sum(dim=0), positive)
+        outputs[4] = _rank(swept.greater.long(), positive)
     if temperature is not None:
-        highest = peak.amax(dim=0)
+        highest = swept.peak.amax(dim=0)
         level = highest.masked_fill(highest == NEGATIVE_INFINITY, 0.0)
-        outputs[5] = level / temperature + (mass * ((peak - level) / temperature).exp()).sum(dim=0).log()
+        mass = (swept.mass * ((swept.peak - level) / temperature).exp()).sum(dim=0)
+        outputs[5] = level / temperature + mass.log()
         if expected:
-            outputs[6] = kernels.expected(query, rows, exclude, outputs[5], temperature)
+            outputs[6] = swept.expected / mass.masked_fill(mass == 0, 1.0)[:, None]
     scores, ids, nan_count, positive_score, rank, lse, direction = outputs
     return scores, ids, nan_count, positive_score, rank, lse, direction
 
