@@ -18,18 +18,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 PROGRAMS = 264  # two for each of an H100's multiprocessors; a constant, so that the result is the same elsewhere
-WEIGHT_BYTES = 32 << 20  # for the weights of one chunk: they should stay in L2 until they are used
+WEIGHT_BYTES = 64 << 20  # for the weights of one chunk; smaller chunks spend more time between two kernels
 
 
 @triton.jit
 def _weighted_rows(
-    weights, rows, peak, b_level, o_b, m_b, o_d, split, splits, first_row, count, N, B, D,
-    weight_stride, row_stride, temperature, CLEAN: tl.constexpr, UPCAST: tl.constexpr, TILE: tl.constexpr,
+    weights, rows, peak, b_level, first_query, first_d, o_b, m_b, split, splits, first_row, count, N, B, D,
+    weight_stride, row_stride, temperature, CLEAN: tl.constexpr, BULK: tl.constexpr, UPCAST: tl.constexpr, TILE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """(BLOCK_B, BLOCK_D) float32: weights x rows over the blocks split, split + splits, .. of the chunk."""
+    o_d = first_d + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_sum = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
     for block in range(split, tl.cdiv(count, BLOCK_N), splits):
@@ -39,10 +41,16 @@ def _weighted_rows(
         b_peak = tl.load(peak + ((first_row + block * BLOCK_N) // TILE).to(tl.int64) * B + o_b, mask=m_b, other=0.0)
         b_scale = tl.where(b_peak == float("-inf"), 0.0, tl.exp((b_peak - b_level) * (1.0 / temperature)))
         # Behind the last row the sweep has written weights of 0.
-        b_weights = tl.load(weights + o_b[:, None] * weight_stride + o_weight[None, :], mask=m_b[:, None], other=0.0)
-        b_rows = tl.load(
-            rows + o_row[:, None] * row_stride + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0
-        )
+        if BULK:
+            b_weights = weights.load([first_query, block * BLOCK_N])
+            b_rows = rows.load([first_row + block * BLOCK_N, first_d])
+        else:
+            b_weights = tl.load(
+                weights + o_b[:, None] * weight_stride + o_weight[None, :], mask=m_b[:, None], other=0.0
+            )
+            b_rows = tl.load(
+                rows + o_row[:, None] * row_stride + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0
+            )
         if UPCAST:
             b_rows = b_rows.to(tl.float32)
         if CLEAN:
@@ -56,14 +64,16 @@ def _weighted_rows(
 @triton.jit(do_not_specialize=["splits", "chunk", "first_row", "count", "N", "B"])
 def expected_kernel(
     weights, rows, peak, chunk_peak, unclean, partial, splits, chunk, first_row, count, N, B, D,
-    weight_stride, row_stride, temperature, UPCAST: tl.constexpr, TILE: tl.constexpr,
+    weight_stride, row_stride, temperature, BULK: tl.constexpr, UPCAST: tl.constexpr, TILE: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """partial (splits, B, D), relative to the peak of the chunks before, becomes relative to the peak with this chunk."""
     slices = tl.cdiv(D, BLOCK_D)
-    o_d = (tl.program_id(0) % slices) * BLOCK_D + tl.arange(0, BLOCK_D)
+    first_d = (tl.program_id(0) % slices) * BLOCK_D
     query_tiles = tl.cdiv(B, BLOCK_B)
-    o_b = (tl.program_id(0) // slices % query_tiles) * BLOCK_B + tl.arange(0, BLOCK_B).to(tl.int64)
+    first_query = (tl.program_id(0) // slices % query_tiles) * BLOCK_B
+    o_d = first_d + tl.arange(0, BLOCK_D)
+    o_b = first_query + tl.arange(0, BLOCK_B).to(tl.int64)
     split = tl.program_id(0) // (slices * query_tiles)
     m_b = o_b < B
     b_before = tl.full((BLOCK_B,), float("-inf"), tl.float32)
@@ -73,13 +83,13 @@ def expected_kernel(
     b_level = tl.where(b_now == float("-inf"), 0.0, b_now)
     if tl.load(unclean + chunk) == 0:
         b_sum = _weighted_rows(
-            weights, rows, peak, b_level, o_b, m_b, o_d, split, splits, first_row, count, N, B, D,
-            weight_stride, row_stride, temperature, False, UPCAST, TILE, BLOCK_B, BLOCK_N, BLOCK_D,
+            weights, rows, peak, b_level, first_query, first_d, o_b, m_b, split, splits, first_row, count, N, B, D,
+            weight_stride, row_stride, temperature, False, BULK, UPCAST, TILE, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         b_sum = _weighted_rows(
-            weights, rows, peak, b_level, o_b, m_b, o_d, split, splits, first_row, count, N, B, D,
-            weight_stride, row_stride, temperature, True, UPCAST, TILE, BLOCK_B, BLOCK_N, BLOCK_D,
+            weights, rows, peak, b_level, first_query, first_d, o_b, m_b, split, splits, first_row, count, N, B, D,
+            weight_stride, row_stride, temperature, True, BULK, UPCAST, TILE, BLOCK_B, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     p_sum = partial + (split.to(tl.int64) * B + o_b)[:, None] * D + o_d[None, :]
     m_sum = m_b[:, None] & (o_d < D)[None, :]
@@ -89,14 +99,17 @@ def expected_kernel(
     tl.store(p_sum, b_sum, mask=m_sum)
 
 
-def blocks(queries: int, upcast: bool) -> dict[str, Any]:
-    """The tile sizes and launch options, without spills on sm_80 and sm_90."""
+def blocks(queries: int, upcast: bool, bulk: bool = False) -> dict[str, Any]:
+    """The tile sizes and launch options, with the copy engine or without; no spills on sm_80 and sm_90."""
     size = min(32 if upcast else 128, max(16, triton.next_power_of_2(queries)))
-    small = size <= 32 and not upcast
-    return {
-        "UPCAST": upcast, "BLOCK_B": size, "BLOCK_N": 16 if upcast else 32 if size == 128 else 64,
-        "BLOCK_D": 128 if upcast or size == 128 else 256, "num_warps": 4 if small else 8, "num_stages": 3,
-    }  # fmt: skip
+    options = {"UPCAST": upcast, "BLOCK_B": size, "BLOCK_N": 64, "BLOCK_D": 256, "num_warps": 8, "num_stages": 3}
+    if upcast:
+        return {**options, "BLOCK_N": 16, "BLOCK_D": 128}
+    if size <= 32:
+        return {**options, "num_warps": 4}
+    if size == 64:
+        return options
+    return {**options, "BLOCK_D": 128, **({"num_stages": 4} if bulk else {"BLOCK_N": 32})}
 
 
 @dataclass
@@ -113,10 +126,10 @@ class SecondPass:
     partial: Tensor
 
     @classmethod
-    def start(cls, query: Tensor, rows: Tensor, tile: int, upcast: bool) -> SecondPass:
+    def start(cls, query: Tensor, rows: Tensor, tile: int, upcast: bool, bulk: bool) -> SecondPass:
         """For query (B, D) and rows (N, D) that are swept in row tiles of `tile` rows."""
         B, D = query.shape
-        options = blocks(B, upcast)
+        options = {"BULK": bulk, **blocks(B, upcast, bulk)}
         dtype = torch.float32 if upcast else rows.dtype
         tiles = triton.cdiv(rows.shape[0], tile)
         chunk_tiles = max(1, min(tiles, WEIGHT_BYTES // (B * dtype.itemsize * tile)))
@@ -141,7 +154,14 @@ class SecondPass:
         first_row = chunk * self.chunk_tiles * self.tile
         count = min(self.chunk_tiles * self.tile, rows.shape[0] - first_row)
         programs = triton.cdiv(D, self.options["BLOCK_D"]) * triton.cdiv(B, self.options["BLOCK_B"]) * self.splits
+        sources = self.weights, rows
+        if self.options["BULK"]:
+            block_b, block_n, block_d = (self.options[f"BLOCK_{axis}"] for axis in "BND")
+            sources = (
+                TensorDescriptor.from_tensor(self.weights, [block_b, block_n]),
+                TensorDescriptor.from_tensor(rows, [block_n, block_d]),
+            )
         expected_kernel[(programs,)](
-            self.weights, rows, peak, self.peak, self.unclean, self.partial, self.splits, chunk, first_row, count,
+            *sources, peak, self.peak, self.unclean, self.partial, self.splits, chunk, first_row, count,
             rows.shape[0], B, D, self.weights.shape[1], rows.stride(0), temperature, TILE=self.tile, **self.options,
         )  # fmt: skip

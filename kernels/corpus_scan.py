@@ -1,8 +1,8 @@
 """The sweep of the corpus on a GPU.
 
 One program scores a tile of queries against a tile of rows with a matrix product, and keeps of the B x n scores only what the
-merge needs. Of every group of 32 rows (64 for many queries): its highest score, and in one word its runner-up and which row won.
-Of every tile: its log-sum-exp (peak and mass). Of the corpus: how many scores lie above the positive's and how many are NaN. So
+merge needs. Of every group of 32 rows (more for many queries): its highest score, and in one word its runner-up and who won. Of
+every tile: its log-sum-exp (peak and mass). Of the corpus: how many scores lie above the positive's and how many are NaN. So
 the corpus is read once for all query tiles that run side by side (the query tile is the fastest grid axis, later readers of a
 row tile find it in L2), and what is written is a sixteenth of the scores.
 
@@ -29,8 +29,6 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from vsr1.kernels import corpus_expected
-
-SELECT_BLOCK = 4096  # twice the largest k, so that every round of `select` at least halves what is left
 
 
 @triton.jit
@@ -171,11 +169,16 @@ def select_kernel(values, ids, best, best_ids, width, k, chunks, BLOCK: tl.const
     b_values = tl.load(values + b * width + o_column, mask=m_column, other=float("-inf"))
     bits = tl.where(b_values == 0.0, 0.0, b_values).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
     b_keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the values
-    # The k-th highest key, bit by bit: the largest number that at least k keys reach.
-    bar = tl.where(tl.sum((b_keys >= 0).to(tl.int32)) >= k, 0, -2147483648)
-    for step in range(31):
-        trial = bar | (1 << (30 - step))
-        bar = tl.where(tl.sum((b_keys >= trial).to(tl.int32)) >= k, trial, bar)
+    # The k-th highest key, bit by bit: the largest number that at least k keys reach; any that exactly k reach will do.
+    reached = tl.sum((b_keys >= 0).to(tl.int32))
+    bar = tl.where(reached >= k, 0, -2147483648)
+    bit = 30
+    while (bit >= 0) & (reached != k):
+        trial = bar | (1 << bit)
+        count = tl.sum((b_keys >= trial).to(tl.int32))
+        bar = tl.where(count >= k, trial, bar)
+        reached = tl.where(count >= k, count, reached)
+        bit -= 1
     m_above = b_keys > bar
     m_equal = b_keys == bar
     room = k - tl.sum(m_above.to(tl.int32))
@@ -206,57 +209,67 @@ def gather_kernel(
     fewer than chosen groups exist.
     """
     b = (tl.program_id(0) // chosen).to(tl.int64)
-    o_member = tl.arange(0, GROUP)
     group = tl.load(group_ids + tl.program_id(0))
     word = tl.load(runner_up + b * groups + group, mask=group >= 0, other=0)
-    winner = word & (GROUP - 1)
     # The winner's number took the place of the low bits: the runner-up's score is at most this.
     second = tl.where(word < 0, word & -GROUP, word | (GROUP - 1)).to(tl.float32, bitcast=True)
-    b_row = group * GROUP + o_member
-    all_rows = tl.where(second < tl.load(lowest + b), 0, 1)  # also where +inf and the winner's number made a NaN
-    m_row = (b_row >= 0) & (b_row < N) & (tl.where(o_member == winner, 1, all_rows) > 0)
-    b_scores = tl.zeros((GROUP,), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        o_d = start + tl.arange(0, BLOCK_D)
-        m_d = o_d < D
-        b_query = tl.load(query + b * query_stride + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_rows = tl.load(
-            rows + b_row[:, None] * row_stride + o_d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0
-        )
-        b_scores += tl.sum(b_rows.to(tl.float32) * b_query[None, :], axis=1)
-    m_row = m_row & (b_scores == b_scores)
-    if exclude is not None:
-        for e in range(E):
-            m_row = m_row & (b_row != tl.load(exclude + b * E + e))
+    first = word & (GROUP - 1)
+    last = first + 1
+    alone = second < tl.load(lowest + b)  # false also where +inf and the winner's number made a NaN
+    first = tl.where(alone, first, 0)
+    last = tl.where(alone, last, GROUP)
+    last = tl.minimum(last.to(tl.int64), N - group * GROUP)
+    last = tl.where(group >= 0, last, 0).to(tl.int32)
+    o_member = tl.arange(0, GROUP)
+    b_scores = tl.full((GROUP,), float("-inf"), tl.float32)
+    for member in range(first, last):
+        row = group * GROUP + member
+        b_sum = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            o_d = start + tl.arange(0, BLOCK_D)
+            b_query = tl.load(query + b * query_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+            b_sum += tl.load(rows + row * row_stride + o_d, mask=o_d < D, other=0.0).to(tl.float32) * b_query
+        score = tl.sum(b_sum)
+        if exclude is not None:
+            for e in range(E):
+                score = tl.where(tl.load(exclude + b * E + e) == row, float("-inf"), score)
+        score = tl.where(score == score, score, float("-inf"))
+        b_scores = tl.where(o_member == member, score, b_scores)
     o_out = tl.program_id(0).to(tl.int64) * GROUP + o_member
-    tl.store(scores + o_out, tl.where(m_row, b_scores, float("-inf")))
-    tl.store(ids + o_out, tl.where(m_row, b_row, -1))
+    tl.store(scores + o_out, b_scores)
+    tl.store(ids + o_out, tl.where(b_scores > float("-inf"), group * GROUP + o_member, -1))
 
 
-def blocks(query: Tensor, rows: Tensor, bulk: bool = False) -> dict[str, int | bool]:
-    """The tile sizes and launch options for these dtypes and this number of queries, with the copy engine or without.
+def blocks(query: Tensor, rows: Tensor, bulk: bool = False, lean: bool = False) -> dict[str, Any]:
+    """The tile sizes and launch options for these dtypes and this number of queries.
 
-    Chosen so that ptxas spills no register on sm_80 and sm_90, and among those by the time on an H100 (python -m bench.gpu).
+    `bulk` says whether the copy engine serves, `lean` that nothing but the maxima is asked for. Chosen so that ptxas spills
+    no register on sm_80 and sm_90, and among those by the time on an H100.
     """
     half = query.dtype == rows.dtype and rows.dtype != torch.float32
     size = min(128 if half else 32, max(16, triton.next_power_of_2(query.shape[0])))
+    options: dict[str, Any] = {"UPCAST": not half, "BLOCK_B": size, "BLOCK_N": 128, "BLOCK_D": 64}
     if not half:
-        rows_a_tile, depth, warps, stages = 128, 32, 4, 2
-    elif size <= 32:
-        rows_a_tile, depth, warps, stages = 64, 128, 4, 4
-    elif size == 64:
-        rows_a_tile, depth, warps, stages = 128, 64, 4, 4
-    else:
-        rows_a_tile, depth, warps, stages = 128, 64, 8, 3
-    return {
-        "UPCAST": not half, "BLOCK_B": size, "BLOCK_N": rows_a_tile, "BLOCK_D": depth,
-        "num_warps": warps, "num_stages": stages,
-    }  # fmt: skip
+        return {**options, "BLOCK_D": 32, "num_warps": 4, "num_stages": 2}
+    if size < 128:
+        return {**options, "BLOCK_N": 64, "BLOCK_D": 128, "num_warps": 4, "num_stages": {16: 5, 32: 4, 64: 3}[size]}
+    if not bulk:
+        return {**options, "num_warps": 8, "num_stages": 3}
+    if not lean:  # 128 registers leave room for a second program on a multiprocessor
+        return {**options, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
+    if query.shape[0] > 128:
+        return {**options, "BLOCK_N": 256, "num_warps": 8, "num_stages": 4}
+    return {**options, "num_warps": 4, "num_stages": 3}
 
 
 def group_size(queries: int) -> int:
-    """Rows that share one maximum; above 128 queries more of them, so that 512 queries x 1M rows need 61 MiB."""
-    return 32 if queries <= 128 else 64
+    """Rows that share one maximum; more of them for many queries, so that 512 queries x 1M rows leave 31 MiB."""
+    return 32 if queries <= 128 else 64 if queries <= 256 else 128
+
+
+def select_block(k: int) -> int:
+    """Columns that one program of `select_kernel` looks at: at least 2 k, so that every round at least halves what is left."""
+    return 2048 if k <= 1024 else 4096
 
 
 def _bulk_serves(*matrices: Tensor) -> bool:
@@ -304,9 +317,8 @@ def sweep(
     """
     B, D = query.shape
     N = rows.shape[0]
-    options: dict[str, Any] = blocks(query, rows)
-    bulk = not options["UPCAST"] and _bulk_serves(query, rows)
-    options = blocks(query, rows, bulk)
+    bulk = query.dtype == rows.dtype != torch.float32 and _bulk_serves(query, rows)
+    options = blocks(query, rows, bulk, lean=exclude is None and positive is None and temperature is None)
     block_rows, group = options["BLOCK_N"], group_size(B)
     tiles, groups = triton.cdiv(N, block_rows), triton.cdiv(N, group)
 
@@ -319,7 +331,7 @@ def sweep(
     greater = new(positive is not None, torch.int32, B)
     peak = new(temperature is not None, torch.float32, tiles, B)
     mass = new(temperature is not None, torch.float32, tiles, B)
-    second = corpus_expected.SecondPass.start(query, rows, block_rows, options["UPCAST"]) if expected else None
+    second = corpus_expected.SecondPass.start(query, rows, block_rows, options["UPCAST"], bulk) if expected else None
     chunk_tiles = tiles if second is None else second.chunk_tiles
     sources = query, rows
     if bulk:
@@ -344,7 +356,7 @@ def sweep(
 
 def positive_scores(query: Tensor, rows: Tensor, positive: Tensor) -> Tensor:
     """(B,) float32 scores of the positive rows as `sweep` computes them, NaN for -1."""
-    options: dict[str, Any] = blocks(query, rows)
+    options = blocks(query, rows)
     options["BLOCK_N"] = max(options["BLOCK_N"], options["BLOCK_B"])
     B, D = query.shape
     scores = torch.empty(B, dtype=torch.float32, device=query.device)
@@ -360,13 +372,14 @@ def select(values: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     Of equal columns the first ones; -inf is never taken; -inf and -1 fill up. ids (B, width) int64 or None for column
     numbers.
     """
+    block = select_block(k)
     while True:
         B, width = values.shape
-        chunks = max(1, triton.cdiv(width, SELECT_BLOCK))
+        chunks = max(1, triton.cdiv(width, block))
         best = torch.empty((B, chunks * k), dtype=torch.float32, device=values.device)
         best_ids = torch.empty((B, chunks * k), dtype=torch.int64, device=values.device)
         if best.numel():
-            select_kernel[(B * chunks,)](values, ids, best, best_ids, width, k, chunks, BLOCK=SELECT_BLOCK, num_warps=4)
+            select_kernel[(B * chunks,)](values, ids, best, best_ids, width, k, chunks, BLOCK=block, num_warps=4)
         if chunks == 1 or k == 0:
             return best[:, :k], best_ids[:, :k]
         values, ids = best, best_ids
@@ -394,6 +407,6 @@ def gather_scores(
         gather_kernel[(B * chosen,)](
             query, rows, swept.runner_up[first:], exclude, group_ids, group_scores.amin(dim=1), ids, scores,
             rows.shape[0], 0 if exclude is None else exclude.shape[1], query.shape[1], swept.maxima.shape[1], chosen,
-            query.stride(0), rows.stride(0), GROUP=group, BLOCK_D=256,
+            query.stride(0), rows.stride(0), GROUP=group, BLOCK_D=1024,
         )  # fmt: skip
     return scores, ids

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vsr1.ops import _corpus_cuda
 from vsr1.ops._dispatch import Backend, cpu_only, cuda_only, extension_missing, register, resolve, triton_missing
 
 BLOCK_ELEMENTS = 1 << 22  # floats in one temporary of the reference: 16 MiB
+GATHERED = 1 << 21  # scores that the merge on a GPU looks at in one go: 24 MiB with their row numbers
 NEGATIVE_INFINITY = float("-inf")
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -52,8 +54,8 @@ def corpus_scan(
             left_out |= (candidates[:, :, None] == exclude[:, None, :]).any(dim=2)
             exclude = None
         candidates = candidates.masked_fill(left_out, -1)
-    listed = candidates is not None
-    name = resolve("corpus_scan", backend, device=rows.device, dtype=rows.dtype, candidates=listed)
+    facts = {"candidates": candidates is not None, "expected": expected, "query": query, "rows": rows}
+    name = resolve("corpus_scan", backend, device=rows.device, dtype=rows.dtype, **facts)
     return _IMPLEMENTATIONS[name](query, rows, k, positive, temperature, expected, exclude, candidates)
 
 
@@ -301,19 +303,49 @@ def _triton(
     """The sweep on a GPU (kernels/corpus_scan.py) and the merge of its partial results."""
     from vsr1.kernels import corpus_scan as kernels
 
+    return _merged(kernels, query, rows, k, positive, temperature, expected, exclude)
+
+
+def _cuda(
+    query: Tensor,
+    rows: Tensor,
+    k: int,
+    positive: Tensor | None,
+    temperature: float | None,
+    expected: bool,
+    exclude: Tensor | None,
+    candidates: Tensor | None,
+) -> Outputs:
+    """The sweep for few queries in CUDA C++ (csrc/cuda/corpus_scan.cu) and the same merge."""
+    return _merged(_corpus_cuda, query, rows, k, positive, temperature, expected, exclude)
+
+
+def _merged(
+    sweeper: Any,
+    query: Tensor,
+    rows: Tensor,
+    k: int,
+    positive: Tensor | None,
+    temperature: float | None,
+    expected: bool,
+    exclude: Tensor | None,
+) -> Outputs:
+    """All outputs from what the module `sweeper` leaves with its `sweep` and `positive_scores`."""
+    from vsr1.kernels import corpus_scan as kernels
+
     if not len(query) or not len(rows):  # nothing to launch
-        return _reference(query, rows, k, positive, temperature, expected, exclude, candidates)
+        return _reference(query, rows, k, positive, temperature, expected, exclude, None)
     query = query.contiguous()
     outputs = list(_new_outputs(query, 0, None, None, False))
     bar = None
     if positive is not None:
-        outputs[3] = kernels.positive_scores(query, rows, positive)
+        outputs[3] = sweeper.positive_scores(query, rows, positive)
         bar = _bar(outputs[3])[:, 0]
-    swept = kernels.sweep(query, rows, exclude, positive, bar, temperature, expected)
+    swept = sweeper.sweep(query, rows, exclude, positive, bar, temperature, expected)
 
     best, best_ids = [], []
     chosen = min(k, swept.maxima.shape[1] + 1)  # one more than there are shows gather_scores that no group stays behind
-    step = max(1, BLOCK_ELEMENTS // max(1, chosen * kernels.group_size(len(query))))
+    step = max(1, GATHERED // max(1, chosen * kernels.group_size(len(query))))
     for first in range(0, len(query), step):
         part = slice(first, first + step)
         groups = kernels.select(swept.maxima[part], None, chosen)
@@ -343,7 +375,21 @@ def _cpu_refuses(*, device: torch.device, dtype: torch.dtype, **_: Any) -> str |
     return cpu_only(device=device)
 
 
-def _triton_refuses(*, device: torch.device, dtype: torch.dtype, candidates: bool) -> str | None:
+def _cuda_missing() -> str | None:
+    return triton_missing() or _corpus_cuda.library_missing()
+
+
+def _cuda_refuses(
+    *, device: torch.device, dtype: torch.dtype, candidates: bool, expected: bool, query: Tensor, rows: Tensor
+) -> str | None:
+    if candidates:
+        return "sweeps whole corpora; 'candidates' are for the other backends"
+    if not expected:
+        return "serves sweeps that ask for expected; the Triton kernels are faster without it"
+    return cuda_only(device=device) or _corpus_cuda.refuses(query, rows)
+
+
+def _triton_refuses(*, device: torch.device, dtype: torch.dtype, candidates: bool, **_: Any) -> str | None:
     if candidates:
         return "sweeps whole corpora; 'candidates' are for the other backends"
     if dtype == torch.bfloat16 and device.type == "cpu":
@@ -351,10 +397,11 @@ def _triton_refuses(*, device: torch.device, dtype: torch.dtype, candidates: boo
     return cuda_only(device=device)
 
 
-_IMPLEMENTATIONS = {"cpu": _cpu, "triton": _triton, "reference": _reference}
+_IMPLEMENTATIONS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
 register(
     "corpus_scan",
     cpu=Backend(extension_missing, _cpu_refuses),
+    cuda=Backend(_cuda_missing, _cuda_refuses),
     triton=Backend(triton_missing, _triton_refuses),
     reference=Backend(),
 )
