@@ -28,8 +28,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vsr1.kernels import corpus_expected
-
 
 @triton.jit
 def _tile_scores(
@@ -308,12 +306,13 @@ def sweep(
     positive: Tensor | None,
     bar: Tensor | None,
     temperature: float | None,
-    expected: bool = False,
+    second_pass: Any = None,
 ) -> Sweep:
     """The first pass over the rows, and chunk by chunk the second one, for `expected`.
 
     query (B, D), rows (N, D), B and N > 0; exclude (B, E) int64; positive (B,) int64 and bar (B,) float32, what a score must
-    pass to be counted in `greater`; temperature for peak and mass, needed for expected.
+    pass to be counted in `greater`; temperature for peak and mass; second_pass is `SecondPass` of corpus_expected.py to ask for
+    expected, which needs a temperature.
     """
     B, D = query.shape
     N = rows.shape[0]
@@ -331,7 +330,7 @@ def sweep(
     greater = new(positive is not None, torch.int32, B)
     peak = new(temperature is not None, torch.float32, tiles, B)
     mass = new(temperature is not None, torch.float32, tiles, B)
-    second = corpus_expected.SecondPass.start(query, rows, block_rows, options["UPCAST"], bulk) if expected else None
+    second = None if second_pass is None else second_pass.start(query, rows, block_rows, options["UPCAST"], bulk)
     chunk_tiles = tiles if second is None else second.chunk_tiles
     sources = query, rows
     if bulk:

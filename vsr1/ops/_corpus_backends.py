@@ -8,7 +8,8 @@ seven tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -302,8 +303,10 @@ def _triton(
 ) -> Outputs:
     """The sweep on a GPU (kernels/corpus_scan.py) and the merge of its partial results."""
     from vsr1.kernels import corpus_scan as kernels
+    from vsr1.kernels.corpus_expected import SecondPass
 
-    return _merged(kernels, query, rows, k, positive, temperature, expected, exclude)
+    sweep = partial(kernels.sweep, second_pass=SecondPass if expected else None)
+    return _merged(sweep, kernels.positive_scores, query, rows, k, positive, temperature, expected, exclude)
 
 
 def _cuda(
@@ -317,11 +320,13 @@ def _cuda(
     candidates: Tensor | None,
 ) -> Outputs:
     """The sweep for few queries in CUDA C++ (csrc/cuda/corpus_scan.cu) and the same merge."""
-    return _merged(_corpus_cuda, query, rows, k, positive, temperature, expected, exclude)
+    sweep, own = partial(_corpus_cuda.sweep, expected=expected), _corpus_cuda.positive_scores
+    return _merged(sweep, own, query, rows, k, positive, temperature, expected, exclude)
 
 
 def _merged(
-    sweeper: Any,
+    sweep: Callable[..., Any],
+    positive_scores: Callable[..., Tensor],
     query: Tensor,
     rows: Tensor,
     k: int,
@@ -330,7 +335,7 @@ def _merged(
     expected: bool,
     exclude: Tensor | None,
 ) -> Outputs:
-    """All outputs from what the module `sweeper` leaves with its `sweep` and `positive_scores`."""
+    """All outputs from what `sweep` leaves (`kernels.corpus_scan.Sweep`); positive_scores uses the same arithmetic."""
     from vsr1.kernels import corpus_scan as kernels
 
     if not len(query) or not len(rows):  # nothing to launch
@@ -339,9 +344,9 @@ def _merged(
     outputs = list(_new_outputs(query, 0, None, None, False))
     bar = None
     if positive is not None:
-        outputs[3] = sweeper.positive_scores(query, rows, positive)
+        outputs[3] = positive_scores(query, rows, positive)
         bar = _bar(outputs[3])[:, 0]
-    swept = sweeper.sweep(query, rows, exclude, positive, bar, temperature, expected)
+    swept = sweep(query, rows, exclude, positive, bar, temperature)
 
     best, best_ids = [], []
     chosen = min(k, swept.maxima.shape[1] + 1)  # one more than there are shows gather_scores that no group stays behind
