@@ -1,33 +1,54 @@
 """The build: packages, the `kernels` folder as `vsr1.kernels`, and the compiled extension `vsr1._C`.
 
 The extension is C++ without torch headers, so building needs a compiler and pybind11 only. Without a compiler the package still
-installs; the ops then run on their torch reference.
+installs; the ops then run on their torch reference. Where nvcc is found, the CUDA kernels become the library `vsr1._cuda`.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from glob import glob
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.errors import BaseError, CCompilerError
 
-WARNING = """
+CUDA_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
+WARNINGS = {
+    "vsr1._C": """
 vsr1: the compiled extension was NOT built ({error}).
 vsr1: everything works, but the 'cpu' backend of the ops is missing, so searches on the CPU are several times slower.
 vsr1: to get it, install a C++20 compiler (g++ >= 11 or clang >= 14; 'apt install g++') and install vsr1 again.
-"""
+""",
+    "vsr1._cuda": """
+vsr1: the CUDA C++ kernels were NOT built ({error}).
+vsr1: everything works; on a GPU the Triton kernels serve. They need CUDA's nvcc, 12.8 or newer, on the PATH.
+""",
+}
 
 
 class OptionalBuildExt(build_ext):
     """Builds the extension, or says what is lost and lets the installation go on."""
 
-    def build_extension(self, ext: Pybind11Extension) -> None:
+    def build_extension(self, ext: Extension) -> None:
         try:
-            super().build_extension(ext)
+            if ext.name == "vsr1._cuda":
+                self.build_cuda(ext)
+            else:
+                super().build_extension(ext)
         except (OSError, BaseError, CCompilerError) as error:
-            print(WARNING.format(error=error), file=sys.stderr, flush=True)
+            print(WARNINGS[ext.name].format(error=error), file=sys.stderr, flush=True)
+
+    def build_cuda(self, ext: Extension) -> None:
+        """One shared library for Hopper, with the CUDA run time inside, so that it also loads where there is no driver."""
+        nvcc = shutil.which("nvcc")
+        if nvcc is None:
+            return  # most machines have none, and the Triton kernels serve there
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.spawn([nvcc, *CUDA_FLAGS, "-o", str(target), *ext.sources])
 
 
 setup(
@@ -44,7 +65,8 @@ setup(
             extra_compile_args=["-O3", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # an editable install copies the built file back only if it is there
-        )
+        ),
+        Extension("vsr1._cuda", sorted(glob("csrc/cuda/*.cu")), optional=True),
     ],
     cmdclass={"build_ext": OptionalBuildExt},
 )

@@ -430,9 +430,11 @@ def test_the_backend_is_chosen_and_told(caplog: pytest.LogCaptureFixture) -> Non
         scan(query, rows.half(), k=1)
     assert last_backend() == "reference"
     assert "corpus_scan: backend reference (asked for auto)" in caplog.text
-    with pytest.raises(ValueError, match="unknown backend 'gpu'; it has 'auto', 'cpu', 'triton', 'reference'"):
+    with pytest.raises(ValueError, match="unknown backend 'gpu'; it has 'auto', 'cpu', 'cuda', 'triton', 'reference'"):
         scan(query, rows, k=1, backend="gpu")
-    assert {(row.op, row.backend) for row in table()} >= {("corpus_scan", b) for b in ("cpu", "triton", "reference")}
+    assert {(row.op, row.backend) for row in table()} >= {
+        ("corpus_scan", b) for b in ("cpu", "cuda", "triton", "reference")
+    }
     if extension_missing():
         with pytest.raises(BackendUnavailable, match="compiled extension"):
             scan(query, rows, k=1, backend="cpu")

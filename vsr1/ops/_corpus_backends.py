@@ -8,16 +8,19 @@ seven tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vsr1.ops import _corpus_cuda
 from vsr1.ops._dispatch import Backend, cpu_only, cuda_only, extension_missing, register, resolve, triton_missing
 
 BLOCK_ELEMENTS = 1 << 22  # floats in one temporary of the reference: 16 MiB
+GATHERED = 1 << 21  # scores that the merge on a GPU looks at in one go: 24 MiB with their row numbers
 NEGATIVE_INFINITY = float("-inf")
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -52,8 +55,8 @@ def corpus_scan(
             left_out |= (candidates[:, :, None] == exclude[:, None, :]).any(dim=2)
             exclude = None
         candidates = candidates.masked_fill(left_out, -1)
-    listed = candidates is not None
-    name = resolve("corpus_scan", backend, device=rows.device, dtype=rows.dtype, candidates=listed)
+    facts = {"candidates": candidates is not None, "expected": expected, "query": query, "rows": rows}
+    name = resolve("corpus_scan", backend, device=rows.device, dtype=rows.dtype, **facts)
     return _IMPLEMENTATIONS[name](query, rows, k, positive, temperature, expected, exclude, candidates)
 
 
@@ -300,42 +303,73 @@ def _triton(
 ) -> Outputs:
     """The sweep on a GPU (kernels/corpus_scan.py) and the merge of its partial results."""
     from vsr1.kernels import corpus_scan as kernels
+    from vsr1.kernels.corpus_expected import SecondPass
+
+    sweep = partial(kernels.sweep, second_pass=SecondPass if expected else None)
+    return _merged(sweep, kernels.positive_scores, query, rows, k, positive, temperature, expected, exclude)
+
+
+def _cuda(
+    query: Tensor,
+    rows: Tensor,
+    k: int,
+    positive: Tensor | None,
+    temperature: float | None,
+    expected: bool,
+    exclude: Tensor | None,
+    candidates: Tensor | None,
+) -> Outputs:
+    """The sweep for few queries in CUDA C++ (csrc/cuda/corpus_scan.cu) and the same merge."""
+    sweep, own = partial(_corpus_cuda.sweep, expected=expected), _corpus_cuda.positive_scores
+    return _merged(sweep, own, query, rows, k, positive, temperature, expected, exclude)
+
+
+def _merged(
+    sweep: Callable[..., Any],
+    positive_scores: Callable[..., Tensor],
+    query: Tensor,
+    rows: Tensor,
+    k: int,
+    positive: Tensor | None,
+    temperature: float | None,
+    expected: bool,
+    exclude: Tensor | None,
+) -> Outputs:
+    """All outputs from what `sweep` leaves (`kernels.corpus_scan.Sweep`); positive_scores uses the same arithmetic."""
+    from vsr1.kernels import corpus_scan as kernels
 
     if not len(query) or not len(rows):  # nothing to launch
-        return _reference(query, rows, k, positive, temperature, expected, exclude, candidates)
+        return _reference(query, rows, k, positive, temperature, expected, exclude, None)
     query = query.contiguous()
     outputs = list(_new_outputs(query, 0, None, None, False))
     bar = None
     if positive is not None:
-        outputs[3] = kernels.positive_scores(query, rows, positive)
+        outputs[3] = positive_scores(query, rows, positive)
         bar = _bar(outputs[3])[:, 0]
-    maxima, nan_count, greater, peak, mass = kernels.sweep(query, rows, exclude, positive, bar, temperature)
+    swept = sweep(query, rows, exclude, positive, bar, temperature)
 
     best, best_ids = [], []
-    chosen = min(k, maxima.shape[1])
-    step = max(1, BLOCK_ELEMENTS // max(maxima.shape[1], chosen * kernels.GROUP))
-    group = torch.arange(maxima.shape[1], device=rows.device).expand(len(query), -1)
-    member = torch.arange(kernels.GROUP, device=rows.device)
+    chosen = min(k, swept.maxima.shape[1] + 1)  # one more than there are shows gather_scores that no group stays behind
+    step = max(1, GATHERED // max(1, chosen * kernels.group_size(len(query))))
     for first in range(0, len(query), step):
         part = slice(first, first + step)
-        _, groups = _top(maxima[part], group[part], chosen)
-        groups = groups.sort(dim=1).values[:, :, None]  # ascending, so that of equal scores the lower row comes first
-        ids = (groups * kernels.GROUP + member).masked_fill(groups < 0, -1).flatten(1)
-        ids = ids.masked_fill(ids >= len(rows), -1)
-        scores = kernels.gather_scores(query[part], rows, ids, None if exclude is None else exclude[part])
-        top_scores, top_ids = _top(scores.masked_fill(scores.isnan(), NEGATIVE_INFINITY), ids, k)
-        best.append(top_scores)
-        best_ids.append(top_ids)
+        groups = kernels.select(swept.maxima[part], None, chosen)
+        left_out = None if exclude is None else exclude[part]
+        scores, ids = kernels.select(*kernels.gather_scores(query[part], rows, swept, first, *groups, left_out), k)
+        order = scores.sort(dim=1, descending=True, stable=True)  # selected in row order, so the lower row comes first
+        best.append(order.values)
+        best_ids.append(ids.gather(1, order.indices))
 
-    outputs[:3] = torch.cat(best), torch.cat(best_ids), nan_count.sum(dim=0)
+    outputs[:3] = torch.cat(best), torch.cat(best_ids), swept.nan_count.long()
     if positive is not None:
-        outputs[4] = _rank(greater.sum(dim=0), positive)
+        outputs[4] = _rank(swept.greater.long(), positive)
     if temperature is not None:
-        highest = peak.amax(dim=0)
+        highest = swept.peak.amax(dim=0)
         level = highest.masked_fill(highest == NEGATIVE_INFINITY, 0.0)
-        outputs[5] = level / temperature + (mass * ((peak - level) / temperature).exp()).sum(dim=0).log()
+        mass = (swept.mass * ((swept.peak - level) / temperature).exp()).sum(dim=0)
+        outputs[5] = level / temperature + mass.log()
         if expected:
-            outputs[6] = kernels.expected(query, rows, exclude, outputs[5], temperature)
+            outputs[6] = swept.expected / mass.masked_fill(mass == 0, 1.0)[:, None]
     scores, ids, nan_count, positive_score, rank, lse, direction = outputs
     return scores, ids, nan_count, positive_score, rank, lse, direction
 
@@ -346,7 +380,21 @@ def _cpu_refuses(*, device: torch.device, dtype: torch.dtype, **_: Any) -> str |
     return cpu_only(device=device)
 
 
-def _triton_refuses(*, device: torch.device, dtype: torch.dtype, candidates: bool) -> str | None:
+def _cuda_missing() -> str | None:
+    return triton_missing() or _corpus_cuda.library_missing()
+
+
+def _cuda_refuses(
+    *, device: torch.device, dtype: torch.dtype, candidates: bool, expected: bool, query: Tensor, rows: Tensor
+) -> str | None:
+    if candidates:
+        return "sweeps whole corpora; 'candidates' are for the other backends"
+    if not expected:
+        return "serves sweeps that ask for expected; the Triton kernels are faster without it"
+    return cuda_only(device=device) or _corpus_cuda.refuses(query, rows)
+
+
+def _triton_refuses(*, device: torch.device, dtype: torch.dtype, candidates: bool, **_: Any) -> str | None:
     if candidates:
         return "sweeps whole corpora; 'candidates' are for the other backends"
     if dtype == torch.bfloat16 and device.type == "cpu":
@@ -354,10 +402,11 @@ def _triton_refuses(*, device: torch.device, dtype: torch.dtype, candidates: boo
     return cuda_only(device=device)
 
 
-_IMPLEMENTATIONS = {"cpu": _cpu, "triton": _triton, "reference": _reference}
+_IMPLEMENTATIONS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": _reference}
 register(
     "corpus_scan",
     cpu=Backend(extension_missing, _cpu_refuses),
+    cuda=Backend(_cuda_missing, _cuda_refuses),
     triton=Backend(triton_missing, _triton_refuses),
     reference=Backend(),
 )

@@ -69,7 +69,8 @@ def scan(
     temperature > 0: asks for lse and expected.
     exclude (B, E) int64 rows that are left out, -1 padded.
     candidates (B, C) int64 rows, -1 padded: only these are scored; a row listed twice counts once.
-    backend "auto", "cpu" (compiled C++; float32 and bfloat16 rows), "triton" (GPU) or "reference" (torch).
+    backend "auto", "cpu" (compiled C++; float32 and bfloat16 rows), "cuda" (Hopper GPUs, up to 16 queries of 1024, 1536
+    or 2048 half-type components), "triton" (GPU) or "reference" (torch).
     The int64 arguments may lie on the CPU or with the corpus.
 
     scores, positive_score and lse are differentiable in query; the corpus gets no gradient. Differentiating scores
