@@ -62,7 +62,7 @@ setup(
             include_dirs=["csrc/include"],
             depends=[*glob("csrc/include/vsr1/*"), *glob("csrc/cpu/*")],
             cxx_std=20,
-            extra_compile_args=["-O3", "-ffp-contract=fast", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"],
+            extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"],
             extra_link_args=["-pthread"],
             optional=True,  # an editable install copies the built file back only if it is there
         ),

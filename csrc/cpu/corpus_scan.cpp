@@ -14,6 +14,10 @@
 #include <stdexcept>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "vsr1/parallel.h"
 
 namespace vsr1 {

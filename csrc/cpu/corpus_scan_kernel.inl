@@ -35,6 +35,20 @@ VSR1_TARGET static inline Vector load(const BFloat16* p) {
 
 VSR1_TARGET static inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
 
+VSR1_TARGET static inline Vector splat(float c) { return Vector{} + c; }
+
+// a * b + c, rounded once where the instruction set can. Said explicitly, because a compiler that fuses as it likes does so in one
+// shape of tile and not in another, and then a score would depend on which tile its row fell into.
+VSR1_TARGET static inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if VSR1_LANES == 16
+    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif VSR1_LANES == 8
+    return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 // The last `count` < kLanes components of a row, zeros behind them: nothing past the row's end is read.
 template <typename Element>
 VSR1_TARGET static inline Vector load_tail(const Element* p, int64_t count) {
@@ -67,14 +81,15 @@ VSR1_TARGET static inline Vector exp_nonpositive(Vector x) {
     x = underflow ? low : x;
     const Lanes exponent = __builtin_convertvector(x * 1.44269504f - 0.5f, Lanes);
     const Vector n = __builtin_convertvector(exponent, Vector);
-    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    Vector y = Vector{} + 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
+    Vector r = multiply_add(n, splat(-0.693359375f), x);
+    r = multiply_add(n, splat(2.12194440e-4f), r);
+    Vector y = splat(1.9875691500e-4f);
+    y = multiply_add(y, r, splat(1.3981999507e-3f));
+    y = multiply_add(y, r, splat(8.3334519073e-3f));
+    y = multiply_add(y, r, splat(4.1665795894e-2f));
+    y = multiply_add(y, r, splat(1.6666665459e-1f));
+    y = multiply_add(y, r, splat(5.0000001201e-1f));
+    y = multiply_add(y * r, r, r + 1.0f);
     const Lanes scale_bits = (exponent + 127) << 23;
     Vector scale;
     std::memcpy(&scale, &scale_bits, sizeof scale);
@@ -129,13 +144,14 @@ VSR1_TARGET static inline void score_tile(
         for (int q = 0; q < Tile; ++q) {
             const Vector component = load(query + q * query_stride + d);
 #pragma GCC unroll 8
-            for (int i = 0; i < Rows; ++i) total[q][i] += component * value[i];
+            for (int i = 0; i < Rows; ++i) total[q][i] = multiply_add(component, value[i], total[q][i]);
         }
     }
     if (d < panel.size) {
         for (int i = 0; i < Rows; ++i) {
             const Vector value = load_tail(row[i] + d, panel.size - d);
-            for (int q = 0; q < Tile; ++q) total[q][i] += load(query + q * query_stride + d) * value;
+            for (int q = 0; q < Tile; ++q)
+                total[q][i] = multiply_add(load(query + q * query_stride + d), value, total[q][i]);
         }
     }
 #pragma GCC unroll 8
@@ -247,7 +263,8 @@ VSR1_TARGET static inline void add_tile(
 #pragma GCC unroll 4
         for (int q = 0; q < Tile; ++q)
 #pragma GCC unroll 4
-            for (int w = 0; w < Width; ++w) total[q][w] += weights[q * kBlockRows + i] * value[w];
+            for (int w = 0; w < Width; ++w)
+                total[q][w] = multiply_add(splat(weights[q * kBlockRows + i]), value[w], total[q][w]);
     }
 #pragma GCC unroll 4
     for (int q = 0; q < Tile; ++q)

@@ -7,6 +7,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -311,3 +312,12 @@ def test_frames_are_neither_tiny_nor_huge(height: int) -> None:
     image = Image.open(io.BytesIO(base64.b64decode(data[1])))
     assert image.size == ((384, 192) if height == 64 else (480, 240))
     assert "1.2 s" in page
+
+
+def test_names_of_lines_that_end_together_stand_apart() -> None:
+    lines = {name: [(turn, share(0.4 + place / 1000)) for turn in (1, 2, 3)] for place, name in enumerate("abc")}
+    drawn = ElementTree.fromstring(figures.against({"panel": lines}, "turns"))
+    texts = [one for one in drawn.iter("{http://www.w3.org/2000/svg}text") if one.text in lines]
+    heights = sorted(float(one.get("y", "nan")) for one in texts)
+    assert len(heights) == 3
+    assert all(below - above >= 10 for above, below in pairwise(heights)), heights

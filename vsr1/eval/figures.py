@@ -25,6 +25,7 @@ CONTROL = "#b3bac5"
 GAIN, LOSS = "#2e8b62", "#b3372f"
 STAGE_NAMES = {"sft": "SFT", "grpo": "GRPO"}
 FRAME_HEIGHT = 240  # pixels of a frame in the gallery at most
+LABEL_POINTS = 12.0  # from one label to the next
 WIDTH = 9.6  # inches; the page scales figures to its own width
 
 _STYLE: Any = {
@@ -70,18 +71,18 @@ def against(lines: Mapping[str, Mapping[str, Line]], axis: str, baseline: str | 
     """
     figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
     panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    named_ends: list[list[tuple[float, float, str, str]]] = []
     for panel, (title, named) in zip(panels, lines.items(), strict=True):
         shades = iter(["#9cc0e6", "#4f8fd0", "#1f5796", "#123a66"])
+        ends: list[tuple[float, float, str, str]] = []
+        named_ends.append(ends)
         for name, points in named.items():
             colour = COLOURS.get(name) or next(shades)
             x = [point for point, _ in points]
             value, low, high = np.array([triple(entry) for _, entry in points]).T
             panel.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
             panel.plot(x, value, color=colour, marker="o", markersize=4.5, linewidth=1.8)
-            panel.annotate(
-                STAGE_NAMES.get(name, name), (x[-1], value[-1]), (8, 0), textcoords="offset points", color=colour,
-                va="center", fontweight="bold",
-            )  # fmt: skip
+            ends.append((value[-1], x[-1], STAGE_NAMES.get(name, name), colour))
             panel.set_xticks(x)
         if baseline is not None:
             start = triple(next(iter(named.values()))[0][1])[0]
@@ -91,8 +92,22 @@ def against(lines: Mapping[str, Mapping[str, Line]], axis: str, baseline: str | 
         panel.set_xlabel(axis)
         panel.grid(axis="x", visible=False)
         panel.margins(x=0.09, y=0.12)
+    figure.draw_without_rendering()  # the limits and sizes that places of labels depend on
+    for panel, ends in zip(panels, named_ends, strict=True):
+        _label_ends(panel, ends)
     panels[0].set_ylabel("percent of queries")
     return _svg(figure, "against " + axis)
+
+
+def _label_ends(panel: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write each line's name behind its end (y, x, name, colour); names of lines that end together move apart."""
+    points = 72 / panel.figure.dpi
+    lowest = -math.inf
+    for y, x, name, colour in sorted(end for end in ends if not math.isnan(end[0])):
+        at = panel.transData.transform((x, y))[1] * points
+        lowest = max(at, lowest + LABEL_POINTS)
+        offset = (8, lowest - at)
+        panel.annotate(name, (x, y), offset, textcoords="offset points", color=colour, va="center", fontweight="bold")
 
 
 @matplotlib.rc_context(_STYLE)
