@@ -53,7 +53,7 @@ def both(query: Tensor, rows: Tensor, **options: Any) -> tuple[ScanResult, ScanR
 @compiles
 @pytest.mark.skipif(DEVICE == "cuda", reason="the tests run on the GPU itself")
 def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(Path(__file__))]
     done = subprocess.run(
         command,
         env={**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},
@@ -70,6 +70,8 @@ def test_under_the_interpreter() -> None:
 @pytest.mark.parametrize(("query_dtype", "dtype"), PAIRS, ids=[f"{NAMES[q]}-{NAMES[r]}" for q, r in PAIRS])
 @pytest.mark.parametrize(("B", "N", "D", "k"), SHAPES, ids=[f"B{b}-N{n}-D{d}-k{k}" for b, n, d, k in SHAPES])
 def test_matches_the_reference(B: int, N: int, D: int, k: int, query_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    if INTERPRETED and B > 16 and query_dtype != dtype:
+        pytest.skip("the interpreter is slow; smaller shapes mix the types too")
     query, rows = unit(B, D, dtype=query_dtype), unit(N, D, seed=1, dtype=dtype)
     exclude = torch.randint(-1, N, (B, 3), generator=torch.Generator().manual_seed(0)) if N > 1 else None
     found, wanted = both(query, rows, k=k, positive=torch.arange(B) % N, temperature=0.1, exclude=exclude)
@@ -248,8 +250,8 @@ COMPILED = [
         ("bf16", 1, 90),
         ("fp32", 128, 90),
     )
-    if kernel not in ("gather", "select") or (dtype, count, cap) == ("bf16", 128, 90)
-    if "-" not in kernel or (dtype, cap) == ("bf16", 90)
+    if kernel not in ("positive", "gather", "select") or (dtype, count, cap) == ("bf16", 128, 90)
+    if ("-" in kernel and (dtype, cap) == ("bf16", 90)) or ("-" not in kernel and count != 64)
 ]
 
 
