@@ -141,9 +141,8 @@ def stream(
             if not active:
                 break
             seed = hash((settings.sampling.seed, begin, turn)) & 0x7FFFFFFF
-            turned = replace(
-                settings, sampling=replace(settings.sampling, seed=seed)
-            )  # own randomness a batch and turn
+            # every batch and turn draws its own randomness
+            turned = replace(settings, sampling=replace(settings.sampling, seed=seed))
             _take_turn(policy, embedder, corpus, matrix, video_ids, active, turned, memo)
         ranks = _ranks(matrix, torch.stack([one.query for one in opened]), [one.positive for one in opened])
         for one, rank in zip(opened, ranks, strict=True):
@@ -251,7 +250,7 @@ def ask(
         memo.update((keys[index], verdict) for index, verdict in verdicts.items())
     found = [verdicts[index] if index in verdicts else known[key] for index, key in enumerate(keys)]
     if settings.refinement in ("blank", "shuffled"):
-        return _look_elsewhere(policy, pairs, found, settings.refinement)
+        return _look_elsewhere(policy, pairs, found, settings)
     return found
 
 
@@ -291,7 +290,7 @@ def _look_elsewhere(
     policy: Policy,
     pairs: Sequence[tuple[Moment, str, VideoFeatures]],
     verdicts: Sequence[Verdict],
-    how: Refinement,
+    settings: LoopSettings,
 ) -> list[Verdict]:
     """The control of the video's worth: the same words, but the soft tokens come from reading them before a blank or
     another pair's video."""
@@ -302,12 +301,13 @@ def _look_elsewhere(
     for position, index in enumerate(wants):
         moment, _, own = pairs[index]
         other = pairs[wants[(position + 1) % len(wants)]][2]
-        seen = other if how == "shuffled" and other.grid == own.grid else blank(own)
+        seen = other if settings.refinement == "shuffled" and other.grid == own.grid else blank(own)
         prompt = protocol.prompt(policy.tokenizer, moment.text, own, system=policy.settings.system)
         rows.append(Row((*prompt.token_ids, *verdicts[index].token_ids), seen))
     hidden, state = backbone.run(policy.model.model, rows, keep_cache=True)
     assert state is not None
-    soft = soft_tokens(policy, hidden[:, -1], state)
+    noise = NoiseStream(settings.sampling.seed, 0)
+    soft = soft_tokens(policy, hidden[:, -1], state, sigma=settings.sigma, noise=noise)
     changed = list(verdicts)
     for index, mean, action in zip(wants, soft.means, soft.actions, strict=True):
         changed[index] = replace(verdicts[index], latents=mean, actions=action)
