@@ -17,12 +17,13 @@ T* pointer(uintptr_t address) {
 }
 
 void corpus_scan(
-    uintptr_t query, int64_t queries, uintptr_t rows, int64_t row_count, int64_t dim, int64_t row_stride, bool bfloat16,
-    int64_t k, uintptr_t positive, uintptr_t exclude, int64_t exclude_width, uintptr_t candidates, int64_t candidates_width,
+    uintptr_t query, bool query_bfloat16, int64_t queries, uintptr_t rows, int64_t row_count, int64_t dim, int64_t row_stride,
+    bool bfloat16, int64_t k, uintptr_t positive, uintptr_t exclude, int64_t exclude_width, uintptr_t candidates, int64_t candidates_width,
     float temperature, bool expected, int threads, std::array<uintptr_t, 7> outputs) {
     const vsr1::ScanTask task{
         {pointer<const void>(rows), row_count, dim, row_stride, bfloat16},
         pointer<const float>(query),
+        query_bfloat16,
         queries,
         k,
         pointer<const int64_t>(positive),
@@ -72,8 +73,8 @@ void corpus_scan_int8(
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled ops of vsr1";
     module.def(
-        "corpus_scan", &corpus_scan, py::kw_only(), py::arg("query"), py::arg("queries"), py::arg("rows"), py::arg("row_count"),
-        py::arg("dim"), py::arg("row_stride"), py::arg("bfloat16"), py::arg("k"), py::arg("positive"), py::arg("exclude"),
+        "corpus_scan", &corpus_scan, py::kw_only(), py::arg("query"), py::arg("query_bfloat16"), py::arg("queries"),
+        py::arg("rows"), py::arg("row_count"), py::arg("dim"), py::arg("row_stride"), py::arg("bfloat16"), py::arg("k"), py::arg("positive"), py::arg("exclude"),
         py::arg("exclude_width"), py::arg("candidates"), py::arg("candidates_width"), py::arg("temperature"),
         py::arg("expected"), py::arg("threads"), py::arg("outputs"));
     module.def(

@@ -43,11 +43,11 @@ class Int8Sweep {
 
     void run() {
         quantize_queries();
-        // A part is never so small that its k best say nothing, and what all parts keep stays within 64 MiB, or a query at a time.
+        // A part is never so small that its k best say nothing; what all parts keep stays within 64 MiB, or that of 16 queries.
         const int64_t blocks = (task_.rows.count + kBlockRows - 1) / kBlockRows;
         const int64_t count = std::clamp<int64_t>(task_.rows.count / (64 * std::max<int64_t>(task_.k, 16)), 1, 64);
         const int64_t bytes = count * task_.k * int64_t(sizeof(Entry<float>));
-        const int64_t group = std::max<int64_t>(1, (int64_t{64} << 20) / std::max<int64_t>(bytes, 1));
+        const int64_t group = round_up(std::max<int64_t>(1, (int64_t{64} << 20) / std::max<int64_t>(bytes, 1)), kQueryGroup);
         for (int64_t first = 0; first < task_.queries; first += group) {
             const int64_t queries = std::min(group, task_.queries - first);
             // A block of each part comes first: what its best k reach together is a bar that spares most rows of every part.
@@ -84,7 +84,7 @@ class Int8Sweep {
     void quantize_queries() {
         const int64_t dim = task_.rows.dim;
         const double limit = std::min<int64_t>(8191, std::numeric_limits<int32_t>::max() / (127 * dim));
-        packed_.assign(round_up(task_.queries, kTileQueries) * stride_, 0);
+        packed_.assign(round_up(task_.queries, kQueryGroup) * stride_, 0);
         bounds_.resize(task_.queries);
         for (int64_t q = 0; q < task_.queries; ++q) {
             float highest = 0.0f;
@@ -106,6 +106,7 @@ class Int8Sweep {
             bounds_[q] = {scale, float(double(scale) * std::sqrt(length) * (1 + 1e-6)), float(127.0 * left * (1 + 1e-6))};
             if (!finite) bounds_[q].per_scale = std::numeric_limits<float>::quiet_NaN();
         }
+        if (kernels_.arrange_integers) kernels_.arrange_integers(packed_.data(), task_.queries, stride_);
     }
 
     // The excluded rows of a query, ascending.

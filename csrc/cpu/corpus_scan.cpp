@@ -6,6 +6,7 @@
 #include "vsr1/corpus_scan.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -49,10 +50,7 @@ class Sweep {
         const int64_t scored = listed ? task_.candidates_width : task_.rows.count;
         const double work = double(scored) * task_.rows.dim * task_.queries;
         const int threads = std::max(1, int(std::min<double>(task_.threads, work / kThreadWork)));
-        packed_.assign(round_up(task_.queries, kTileQueries) * stride_, 0.0f);
-        for (int64_t q = 0; q < task_.queries; ++q)
-            for (int64_t d = 0; d < task_.rows.dim; ++d)
-                packed_[q * stride_ + position(d)] = task_.query[q * task_.rows.dim + d];
+        packed_ = pack(0, task_.queries);
         bar_.assign(task_.queries, kInfinity);
         if (task_.positive) parallel_for(task_.queries, threads, [&](int64_t q) { score_positive(q); });
         if (listed) {
@@ -82,16 +80,45 @@ class Sweep {
 
     int64_t position(int64_t d) const { return kernels_.position(d, task_.rows.bfloat16); }
 
-    // The given queries of the packed ones. The kernels may read, but do not use, up to a tile behind the last.
-    Queries<float> queries(int64_t first, int64_t count) const { return {packed_.data() + first * stride_, count, stride_}; }
+    // Queries as the kernels read them.
+    struct Packed {
+        int64_t count;
+        std::vector<float> floats;
+        std::vector<BFloat16> pairs;  // instead, where bfloat16 queries are multiplied as they are
+    };
 
-    // One part in the making: the queries it serves, its result so far, and scratch.
+    Packed pack(int64_t first, int64_t count) const {
+        Packed packed{count, {}, {}};
+        const float* query = task_.query + first * task_.rows.dim;
+        const int64_t size = round_up(count, kQueryGroup) * stride_;
+        if (kernels_.score_pairs && task_.query_bfloat16 && task_.rows.bfloat16) {
+            packed.pairs.resize(size);
+            for (int64_t q = 0; q < count; ++q)
+                for (int64_t d = 0; d < task_.rows.dim; ++d)
+                    packed.pairs[q * stride_ + d].bits = std::bit_cast<uint32_t>(query[q * task_.rows.dim + d]) >> 16;
+            if (kernels_.arrange_pairs) kernels_.arrange_pairs(packed.pairs.data(), count, stride_);
+        } else {
+            packed.floats.resize(size);
+            for (int64_t q = 0; q < count; ++q)
+                for (int64_t d = 0; d < task_.rows.dim; ++d)
+                    packed.floats[q * stride_ + position(d)] = query[q * task_.rows.dim + d];
+        }
+        return packed;
+    }
+
+    void score_block(const Packed& packed, const Block& block, float* out) const {
+        if (packed.pairs.empty())
+            kernels_.score_block({packed.floats.data(), packed.count, stride_}, block, out);
+        else
+            kernels_.score_pairs({packed.pairs.data(), packed.count, stride_}, block, out);
+    }
+
+    // One part in the making: the queries it serves, from `first` on, its result so far, and scratch.
     struct Work {
-        Work(const Sweep& sweep, int64_t first, int64_t count)
-            : queries(sweep.queries(first, count)),
-              bar(sweep.bar_.data() + first),
-              scores(round_up(count, kTileQueries) * kBlockRows) {
+        Work(const Sweep& sweep, const Packed& packed, int64_t first)
+            : queries(packed), bar(sweep.bar_.data() + first), scores(round_up(packed.count, kTileQueries) * kBlockRows) {
             const ScanTask& task = sweep.task_;
+            const int64_t count = packed.count;
             part.seen.resize(count);
             part.entries = std::make_unique_for_overwrite<Entry<float>[]>(count * task.k);
             if (task.expected) part.direction.assign(round_up(count, kTileQueries) * sweep.stride_, 0.0f);
@@ -109,7 +136,7 @@ class Sweep {
             block.count = 0;
         }
 
-        Queries<float> queries;
+        const Packed& queries;
         const float* bar;
         std::vector<float> scores;
         std::vector<Best<float>> best;
@@ -131,13 +158,14 @@ class Sweep {
     }
 
     Part sweep_rows(int64_t begin, int64_t end) const {
-        Work work(*this, 0, task_.queries);
+        Work work(*this, packed_, 0);
         for (int64_t id = begin; id < std::min(end, task_.rows.count); ++id) add_row(work, id);
         return finish(work);
     }
 
     Part sweep_candidates(int64_t q) const {
-        Work work(*this, q, 1);
+        const Packed packed = pack(q, 1);
+        Work work(*this, packed, q);
         const int64_t* ids = task_.candidates + q * task_.candidates_width;
         for (int64_t c = 0; c < task_.candidates_width; ++c)
             if (ids[c] >= 0) add_row(work, ids[c]);
@@ -155,7 +183,7 @@ class Sweep {
             block.stride = 0;
             block.bfloat16 = task_.rows.bfloat16;
             std::vector<float> scores(kTileQueries * kBlockRows);
-            kernels_.score_block(queries(q, 1), block, scores.data());
+            score_block(pack(q, 1), block, scores.data());
             score = scores[0];
         }
         output_.positive_score[q] = score;
@@ -164,7 +192,7 @@ class Sweep {
 
     void take_block(Work& work) const {
         Block& block = work.block;
-        kernels_.score_block(work.queries, block, work.scores.data());
+        score_block(work.queries, block, work.scores.data());
         if (task_.expected) skip_unusable(block, work.scores.data());
         for (int64_t q = 0; q < work.queries.count; ++q) {
             float* score = work.scores.data() + q * kBlockRows;
@@ -182,7 +210,7 @@ class Sweep {
                 take_mass(summary.highest, score, seen, task_.expected ? work.part.direction.data() + q * stride_ : nullptr);
         }
         if (task_.expected)
-            kernels_.add_block(work.queries, work.scores.data(), block, work.part.direction.data());
+            kernels_.add_block(work.queries.count, stride_, work.scores.data(), block, work.part.direction.data());
         block.count = 0;
     }
 
@@ -227,7 +255,7 @@ class Sweep {
     int64_t part_count(int64_t blocks) const {
         constexpr int64_t kBytes = 64 << 20, kFewest = 16, kMost = 256, kBlocksInPart = 16;
         const int64_t bytes =
-            task_.queries * (task_.k * sizeof(Entry<float>) + sizeof(Seen)) + (task_.expected ? packed_.size() * sizeof(float) : 0);
+            task_.queries * (task_.k * sizeof(Entry<float>) + sizeof(Seen)) + (task_.expected ? round_up(task_.queries, kTileQueries) * stride_ * sizeof(float) : 0);
         const int64_t affordable = std::clamp(kBytes / std::max<int64_t>(bytes, 1), kFewest, kMost);
         return std::clamp<int64_t>(blocks / kBlocksInPart, 1, affordable);
     }
@@ -280,8 +308,8 @@ class Sweep {
     const Kernels& kernels_;
     const int64_t stride_;
     const std::vector<float> zeros_ = std::vector<float>(stride_);
-    std::vector<float> packed_;  // (padded queries, stride)
-    std::vector<float> bar_;     // (queries)
+    Packed packed_;            // all queries
+    std::vector<float> bar_;  // (queries)
 };
 
 }  // namespace

@@ -31,6 +31,11 @@
 #define VSR1_REGISTERS 16
 #include "kernels.inl"
 #undef VSR1_ISA
+
+#define VSR1_ISA emulated
+#include "emulated_tiles.h"
+#include "tiles.inl"
+#undef VSR1_ISA
 #undef VSR1_TARGET
 #undef VSR1_LANES
 #undef VSR1_REGISTERS
@@ -46,11 +51,31 @@
 #undef VSR1_LANES
 #undef VSR1_REGISTERS
 
-#define VSR1_ISA avx512
-#define VSR1_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define VSR1_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"
 #define VSR1_LANES 16
 #define VSR1_REGISTERS 32
+#define VSR1_ISA avx512
+#define VSR1_TARGET __attribute__((target(VSR1_AVX512)))
 #include "kernels.inl"
+#undef VSR1_ISA
+#undef VSR1_TARGET
+
+#define VSR1_VNNI
+#define VSR1_ISA avx512_vnni
+#define VSR1_TARGET __attribute__((target(VSR1_AVX512 ",avx512vnni")))
+#include "kernels.inl"
+#undef VSR1_ISA
+#undef VSR1_TARGET
+
+#define VSR1_BF16
+#define VSR1_ISA avx512_bf16
+#define VSR1_TARGET __attribute__((target(VSR1_AVX512 ",avx512vnni,avx512bf16")))
+#include "kernels.inl"
+#undef VSR1_ISA
+
+#define VSR1_ISA amx
+#include "amx_tiles.h"
+#include "tiles.inl"
 #endif
 
 namespace vsr1 {
@@ -58,19 +83,29 @@ namespace {
 
 struct Isa {
     const char* name;
-    const Kernels* kernels;
+    Kernels kernels;
     bool present;
 };
 
-// The table of instruction sets, best first.
+// The table of instruction sets, best first; the last one is never chosen unasked.
 const std::vector<Isa>& isa_table() {
-    static const std::vector<Isa> table = {
+    static const std::vector<Isa> table = [] {
+        std::vector<Isa> sets;
 #if defined(__x86_64__)
-        {"avx512", &avx512::kKernels, __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", &avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+        const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
+        sets.push_back({"amx", amx::with_tiles(avx512_bf16::kKernels), bf16 && amx::granted()});
+        sets.push_back({"avx512_bf16", avx512_bf16::kKernels, bf16});
+        sets.push_back({"avx512_vnni", avx512_vnni::kKernels, vnni});
+        sets.push_back({"avx512", avx512::kKernels, avx512});
+        sets.push_back({"avx2", avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
-        {"portable", &portable::kKernels, true},
-    };
+        sets.push_back({"portable", portable::kKernels, true});
+        sets.push_back({"emulated", emulated::with_tiles(portable::kKernels), false});
+        return sets;
+    }();
     return table;
 }
 
@@ -83,7 +118,7 @@ const Isa& current_isa() {
 
 }  // namespace
 
-const Kernels& current_kernels() { return *current_isa().kernels; }
+const Kernels& current_kernels() { return current_isa().kernels; }
 
 std::vector<std::string> isas() {
     std::vector<std::string> names;
@@ -96,7 +131,7 @@ std::string isa() { return current_isa().name; }
 
 void use_isa(const std::string& name) {
     for (const Isa& isa : isa_table()) {
-        if (isa.present && isa.name == name) {
+        if (isa.name == name && (isa.present || &isa == &isa_table().back())) {
             chosen_isa = &isa;
             return;
         }

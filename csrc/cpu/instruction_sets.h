@@ -6,15 +6,16 @@
 
 namespace vsr1 {
 
-constexpr int kTileQueries = 4;  // queries in a register tile
-constexpr int kBlockRows = 48;   // a multiple of every tile and register; 48 rows of 2048 bfloat16 are 192 KiB, within L2
+constexpr int kTileQueries = 4;   // queries in a register tile
+constexpr int kQueryGroup = 16;   // queries that matrix registers take together
+constexpr int kBlockRows = 48;    // a multiple of every tile and register; 48 rows of 2048 bfloat16 are 192 KiB, within L2
 constexpr int64_t kPanel = 1024;  // components of the queries and rows that are near at a time
 
 struct BFloat16 {
     uint16_t bits;
 };
 
-// `count` queries of `stride` components; behind them zeros up to a multiple of the tile.
+// `count` queries of `stride` components, behind them zeros up to a multiple of kQueryGroup. The stride is a multiple of 64.
 template <typename Element>
 struct Queries {
     const Element* data;
@@ -46,24 +47,30 @@ struct Bound {
 };
 
 struct Kernels {
-    int lanes;  // floats in a register; how queries of bfloat16 rows are laid out depends on it (`position`)
+    int lanes = 0;  // floats in a register; how queries of bfloat16 rows are laid out depends on it (`position`)
 
     // out (queries, kBlockRows) = the scores of the block's rows.
-    void (*score_block)(const Queries<float>&, const Block&, float* out);
+    void (*score_block)(const Queries<float>&, const Block&, float* out) = nullptr;
+    // The same of bfloat16 queries and rows; null where the set has no products of bfloat16.
+    void (*score_pairs)(const Queries<BFloat16>&, const Block&, float* out) = nullptr;
     // One query's scores of a block: NaN becomes -inf and is counted, the rest is compared with the positive's.
-    BlockSummary (*summarise)(float* scores, float positive_score);
+    BlockSummary (*summarise)(float* scores, float positive_score) = nullptr;
     // scores[i] = exp((scores[i] - peak) / temperature); returns their sum.
-    float (*soften)(float* scores, float peak, float temperature);
+    float (*soften)(float* scores, float peak, float temperature) = nullptr;
     // direction (queries, stride) += weights (queries, kBlockRows) x rows.
-    void (*add_block)(const Queries<float>&, const float* weights, const Block&, float* direction);
+    void (*add_block)(int64_t queries, int64_t stride, const float* weights, const Block&, float* direction) = nullptr;
 
     // out (queries, kBlockRows) = integer products with the block's rows, which are int8.
-    void (*multiply_block)(const Queries<int16_t>&, const Block&, int32_t* out);
+    void (*multiply_block)(const Queries<int16_t>&, const Block&, int32_t* out) = nullptr;
+    // Rearranges queries, in their place, for score_pairs and multiply_block; null where these read them as they are.
+    void (*arrange_pairs)(BFloat16* queries, int64_t count, int64_t stride) = nullptr;
+    void (*arrange_integers)(int16_t* queries, int64_t count, int64_t stride) = nullptr;
     // Lower and upper bounds of a block's scores from one query's products; true if an upper bound is not <= bar.
     bool (*bound_block)(
-        const int32_t* products, const float* scales, const float* residuals, const Bound&, float bar, float* lower, float* upper);
+        const int32_t* products, const float* scales, const float* residuals, const Bound&, float bar, float* lower,
+        float* upper) = nullptr;
     // The score of one row in float64.
-    double (*score_exactly)(const float* query, const void* row, int64_t dim, bool bfloat16);
+    double (*score_exactly)(const float* query, const void* row, int64_t dim, bool bfloat16) = nullptr;
 
     // Where component d of a query, or of `expected`, lies: bfloat16 rows are read as even and odd components.
     int64_t position(int64_t d, bool bfloat16) const {

@@ -1,5 +1,6 @@
 // The inner loops of the sweeps, written once with compiler vectors and compiled once for each instruction set: the includer
-// defines VSR1_ISA (a namespace), VSR1_TARGET (a function attribute), VSR1_LANES (floats in a register) and VSR1_REGISTERS.
+// defines VSR1_ISA (a namespace), VSR1_TARGET (a function attribute), VSR1_LANES (floats in a register) and VSR1_REGISTERS; and,
+// where the set has them, VSR1_VNNI (sums of int16 products) and VSR1_BF16 (sums of bfloat16 products).
 //
 // A tile of 4 queries x a few rows lives in registers while both stream by along the vector's components, so a row
 // loaded serves four queries. Components are cut into panels: four queries' panels (16 KiB) stay in L1 while a block's rows
@@ -151,6 +152,28 @@ struct BFloat16Rows {
     VSR1_TARGET static inline Vector step(Vector q, Vector v, Vector sum) { return multiply_add(q, v, sum); }
 };
 
+// bfloat16 queries too: pairs of components are multiplied and added as they lie.
+struct PairRows {
+    using Element = BFloat16;
+    using Query = BFloat16;
+    using Sum = Vector;
+    using Four = Quad;
+    using Out = float;
+    static constexpr int kStep = 2 * kLanes, kParts = 1, kTileRows = kRegisters == 32 ? 6 : 3;
+
+    using Raw = Words;
+    VSR1_TARGET static inline Words part(Raw raw, int) { return raw; }
+    VSR1_TARGET static inline Words query(const BFloat16* q, int) { return load<Words>(q); }
+    VSR1_TARGET static inline Vector step(Words q, Words v, Vector sum) {
+#if defined(VSR1_BF16)
+        return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)q, (__m512bh)v);
+#else
+        sum = multiply_add(BFloat16Rows::part(q, 0), BFloat16Rows::part(v, 0), sum);
+        return multiply_add(BFloat16Rows::part(q, 1), BFloat16Rows::part(v, 1), sum);
+#endif
+    }
+};
+
 struct Int8Rows {
     using Element = int8_t;
     using Query = int16_t;
@@ -280,6 +303,10 @@ VSR1_TARGET static void score_block(const Queries<float>& queries, const Block& 
         score<BFloat16Rows>(queries, block, out);
     else
         score<FloatRows>(queries, block, out);
+}
+
+[[maybe_unused]] VSR1_TARGET static void score_pairs(const Queries<BFloat16>& queries, const Block& block, float* out) {
+    score<PairRows>(queries, block, out);
 }
 
 VSR1_TARGET static void multiply_block(const Queries<int16_t>& queries, const Block& block, int32_t* out) {
@@ -420,23 +447,33 @@ VSR1_TARGET static void add_rows(const float* weights, const Block& block, float
 }
 
 template <typename Rows>
-VSR1_TARGET static void add(const Queries<float>& queries, const float* weights, const Block& block, float* direction) {
+VSR1_TARGET static void add(int64_t queries, int64_t stride, const float* weights, const Block& block, float* direction) {
     int64_t q = 0;
-    const auto next = [&] { return direction + q * queries.stride; };
-    for (; q + 4 <= queries.count; q += 4) add_rows<Rows, 4>(weights + q * kBlockRows, block, next(), queries.stride);
-    for (; q + 2 <= queries.count; q += 2) add_rows<Rows, 2>(weights + q * kBlockRows, block, next(), queries.stride);
-    if (q < queries.count) add_rows<Rows, 1>(weights + q * kBlockRows, block, next(), queries.stride);
+    const auto next = [&] { return direction + q * stride; };
+    for (; q + 4 <= queries; q += 4) add_rows<Rows, 4>(weights + q * kBlockRows, block, next(), stride);
+    for (; q + 2 <= queries; q += 2) add_rows<Rows, 2>(weights + q * kBlockRows, block, next(), stride);
+    if (q < queries) add_rows<Rows, 1>(weights + q * kBlockRows, block, next(), stride);
 }
 
-VSR1_TARGET static void add_block(const Queries<float>& queries, const float* weights, const Block& block, float* direction) {
+VSR1_TARGET static void add_block(int64_t queries, int64_t stride, const float* weights, const Block& block, float* direction) {
     if (block.bfloat16)
-        add<BFloat16Rows>(queries, weights, block, direction);
+        add<BFloat16Rows>(queries, stride, weights, block, direction);
     else
-        add<FloatRows>(queries, weights, block, direction);
+        add<FloatRows>(queries, stride, weights, block, direction);
 }
 
 constexpr Kernels kKernels = {
-    kLanes, score_block, summarise, soften, add_block, multiply_block, bound_block, score_exactly,
+    .lanes = kLanes,
+    .score_block = score_block,
+#if defined(VSR1_BF16)
+    .score_pairs = score_pairs,
+#endif
+    .summarise = summarise,
+    .soften = soften,
+    .add_block = add_block,
+    .multiply_block = multiply_block,
+    .bound_block = bound_block,
+    .score_exactly = score_exactly,
 };
 
 }  // namespace vsr1::VSR1_ISA

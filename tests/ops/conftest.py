@@ -8,7 +8,7 @@ import pytest
 
 from vsr1.ops._dispatch import extension_missing
 
-PATHS = ["reference", "cpu-portable", "cpu-avx2", "cpu-avx512"]
+PATHS = ["reference", "cpu-portable", "cpu-emulated", "cpu-avx2", "cpu-avx512", "cpu-avx512_vnni", "cpu-avx512_bf16", "cpu-amx"]
 
 
 @pytest.fixture(params=PATHS)
@@ -22,7 +22,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"cpu {extension_missing()}")
     from vsr1 import _C
 
-    if isa not in _C.isas():
+    if isa != "emulated" and isa not in _C.isas():
         pytest.skip(f"this processor has no {isa}")
     before = _C.isa()
     _C.use_isa(isa)

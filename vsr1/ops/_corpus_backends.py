@@ -264,6 +264,7 @@ def _cpu(
     from vsr1._C import corpus_scan as sweep
 
     outputs = _new_outputs(query, k, positive, temperature, expected)
+    query_bfloat16 = query.dtype == torch.bfloat16
     query = query.float().contiguous()
 
     def address(tensor: Tensor | None) -> int:
@@ -271,6 +272,7 @@ def _cpu(
 
     sweep(
         query=address(query),
+        query_bfloat16=query_bfloat16,
         queries=query.shape[0],
         rows=address(rows),
         row_count=rows.shape[0],

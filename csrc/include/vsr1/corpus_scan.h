@@ -19,6 +19,7 @@ struct RowsView {
 struct ScanTask {
     RowsView rows;
     const float* query;   // (queries, dim)
+    bool query_bfloat16;  // its numbers fit bfloat16
     int64_t queries;
     int64_t k;
     const int64_t* positive;    // (queries) rows or -1; null: not asked
@@ -72,7 +73,8 @@ struct Int8Output {
 // The best k rows in the order of their float64 scores, whatever the codes are worth.
 void corpus_scan_int8(const Int8Task& task, const Int8Output& output);
 
-// The instruction sets this processor has, best first; corpus_scan uses the first. `use_isa` picks another one of them (tests).
+// The instruction sets this processor has, best first; the sweeps use the first. `use_isa` picks another (tests): one of them, or
+// "emulated", which computes what matrix registers would.
 std::vector<std::string> isas();
 std::string isa();
 void use_isa(const std::string& name);
