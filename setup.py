@@ -20,7 +20,7 @@ WARNINGS = {
     "vsr1._C": """
 vsr1: the compiled extension was NOT built ({error}).
 vsr1: everything works, but the 'cpu' backend of the ops is missing, so searches on the CPU are several times slower.
-vsr1: to get it, install a C++20 compiler (g++ >= 11 or clang >= 14; 'apt install g++') and install vsr1 again.
+vsr1: to get it, install a C++20 compiler (g++ >= 12 or clang >= 14; 'apt install g++') and install vsr1 again.
 """,
     "vsr1._cuda": """
 vsr1: the CUDA C++ kernels were NOT built ({error}).

@@ -433,6 +433,7 @@ def test_the_backend_is_chosen_and_told(caplog: pytest.LogCaptureFixture) -> Non
         (TypeError, r"corpus is a list", {"corpus": [[1.0]]}),
         (ValueError, r"corpus has shape \(5,\)", {"corpus": torch.zeros(5)}),
         (ValueError, r"not contiguous", {"corpus": torch.zeros(8, 5).T}),
+        (ValueError, r"query is on meta, the corpus on cpu: move one", {"query": torch.zeros(2, 8, device="meta")}),
         (ValueError, r"require a gradient", {"corpus": torch.zeros(5, 8, requires_grad=True)}),
     ],
 )
