@@ -24,7 +24,7 @@ from vsr1.ops import last_backend
 from vsr1.ops.corpus_scan import CorpusMatrix, info_nce, scan
 
 _FOLDER = Path(__file__).resolve().parent.parent / "tests" / "ops"
-TESTS = sorted(str(path) for kind in ("triton", "cuda") for path in _FOLDER.glob(f"test_corpus_*{kind}*.py"))
+TESTS = sorted({str(path) for kind in ("triton", "cuda") for path in _FOLDER.glob(f"test_corpus_*{kind}*.py")})
 _KERNELS = f"{_FOLDER / 'test_corpus_scan_triton.py'}::"
 SANITIZED = [
     _KERNELS + name
@@ -163,7 +163,7 @@ def peers(rows: Tensor) -> tuple[dict[str, Search], dict[str, str]]:
     for name, make in {"FAISS": faiss_gpu, "cuVS": cuvs_brute_force, "FlashLib": flashlib_knn}.items():
         try:
             searches[name] = make(rows)
-        except ImportError as error:
+        except (ImportError, OSError, RuntimeError) as error:  # not installed, or not for this machine
             absent[name] = str(error)
     return searches, absent
 
@@ -184,6 +184,7 @@ def faiss_gpu(rows: Tensor) -> Search:
 
 def cuvs_brute_force(rows: Tensor) -> Search:
     brute_force = importlib.import_module("cuvs.neighbors.brute_force")
+    refusal = importlib.import_module("cuvs.common.exceptions").CuvsException
     handle = importlib.import_module("cuvs.common").Resources(stream=torch.cuda.current_stream().cuda_stream)
     half = rows.half()  # it takes float32 and float16; these values lose nothing worth a name
     index = brute_force.build(half, metric="inner_product", resources=handle)
@@ -194,7 +195,10 @@ def cuvs_brute_force(rows: Tensor) -> Search:
             len(query), k, dtype=torch.int64, device=half.device
         )  # `half` lives as long as what points at it
         distances = torch.empty(len(query), k, dtype=torch.float32, device=half.device)
-        brute_force.search(index, query.half(), k, neighbors=ids, distances=distances, resources=handle)
+        try:
+            brute_force.search(index, query.half(), k, neighbors=ids, distances=distances, resources=handle)
+        except refusal as error:
+            raise RuntimeError(str(error)) from error
         return ids
 
     return search

@@ -53,12 +53,12 @@ def table(lines: Sequence[Measurement]) -> Iterator[str]:
     peers = list(dict.fromkeys(name for line in lines for name in line.peers))
     columns = {
         "case": [line.case for line in lines],
-        "ms": [f"{line.ms:.3g}" if line.ms < 100 else f"{line.ms:.0f}" for line in lines],
-        "GB/s": [f"{line.bytes / line.ms / 1e6:#.3g}".rstrip(".") if line.bytes else "" for line in lines],
+        "ms": [_digits(line.ms) for line in lines],
+        "GB/s": [_digits(line.bytes / line.ms / 1e6) if line.bytes else "" for line in lines],
         "% of floor speed": [f"{100 * line.floor / line.ms:.0f}" if line.floor else "" for line in lines],
         **{f"x {peer}": [_times(line, peer) for line in lines] for peer in peers},
         "MiB": ["" if line.mib is None else f"{line.mib:.0f}" for line in lines],
-        "from Python, ms": ["" if line.eager is None else f"{line.eager:.3g}" for line in lines],
+        "from Python, ms": ["" if line.eager is None else _digits(line.eager) for line in lines],
         "backend": [line.backend or "" for line in lines],
         "goal": ["; ".join(map(str, line.goals)) for line in lines],
     }
@@ -66,6 +66,11 @@ def table(lines: Sequence[Measurement]) -> Iterator[str]:
     widths = [max(map(len, (name, *cells))) for name, cells in filled.items()]
     for row in (filled, ["-" * width for width in widths], *zip(*filled.values(), strict=True)):
         yield "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+
+
+def _digits(value: float) -> str:
+    """Three digits, or as many as stand before the point."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _times(line: Measurement, peer: str) -> str:
