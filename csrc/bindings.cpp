@@ -42,6 +42,31 @@ void corpus_scan(
     vsr1::corpus_scan(task, output);
 }
 
+void corpus_scan_int8(
+    uintptr_t query, int64_t queries, uintptr_t rows, int64_t row_count, int64_t dim, int64_t row_stride, bool bfloat16,
+    uintptr_t codes, int64_t code_stride, uintptr_t scales, uintptr_t residuals, int64_t k, uintptr_t exclude,
+    int64_t exclude_width, int threads, std::array<uintptr_t, 5> outputs) {
+    const vsr1::Int8Task task{
+        {pointer<const void>(rows), row_count, dim, row_stride, bfloat16},
+        pointer<const int8_t>(codes),
+        code_stride,
+        pointer<const float>(scales),
+        pointer<const float>(residuals),
+        pointer<const float>(query),
+        queries,
+        k,
+        pointer<const int64_t>(exclude),
+        exclude_width,
+        threads,
+    };
+    const vsr1::Int8Output output{
+        pointer<float>(outputs[0]), pointer<int64_t>(outputs[1]), pointer<int64_t>(outputs[2]), pointer<int64_t>(outputs[3]),
+        pointer<int64_t>(outputs[4]),
+    };
+    const py::gil_scoped_release release;
+    vsr1::corpus_scan_int8(task, output);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -51,6 +76,11 @@ PYBIND11_MODULE(_C, module) {
         py::arg("dim"), py::arg("row_stride"), py::arg("bfloat16"), py::arg("k"), py::arg("positive"), py::arg("exclude"),
         py::arg("exclude_width"), py::arg("candidates"), py::arg("candidates_width"), py::arg("temperature"),
         py::arg("expected"), py::arg("threads"), py::arg("outputs"));
+    module.def(
+        "corpus_scan_int8", &corpus_scan_int8, py::kw_only(), py::arg("query"), py::arg("queries"), py::arg("rows"),
+        py::arg("row_count"), py::arg("dim"), py::arg("row_stride"), py::arg("bfloat16"), py::arg("codes"),
+        py::arg("code_stride"), py::arg("scales"), py::arg("residuals"), py::arg("k"), py::arg("exclude"),
+        py::arg("exclude_width"), py::arg("threads"), py::arg("outputs"));
     module.def("isas", &vsr1::isas, "Instruction sets this processor has, best first");
     module.def("isa", &vsr1::isa, "The instruction set in use");
     module.def("use_isa", &vsr1::use_isa, py::arg("name"), "Use another one of isas()");

@@ -6,152 +6,19 @@
 #include "vsr1/corpus_scan.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <memory>
-#include <stdexcept>
-#include <type_traits>
+#include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
+#include "best.h"
+#include "instruction_sets.h"
 #include "vsr1/parallel.h"
 
 namespace vsr1 {
 namespace {
 
-constexpr int kTileQueries = 4;  // queries in a register tile
-constexpr int kBlockRows = 48;   // a multiple of every tile and register; 48 rows of 2048 bfloat16 are 192 KiB, within L2
-
-constexpr int64_t kPanel = 1024;  // components taken at a time
-constexpr int64_t kWidePitch = kPanel + 16;  // not a power of two: rows 4 KiB apart would compete for the same cache lines
-constexpr int kFewQueries = 8;  // up to here a bfloat16 row is widened on the fly, above it is widened once for all queries
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-// `count` queries of `stride` floats; behind them zeros up to a multiple of the tile.
-struct Queries {
-    const float* data;
-    int64_t count;
-    int64_t stride;
-};
-
-struct Block {
-    const void* rows[kBlockRows];
-    int64_t ids[kBlockRows];
-    int count;
-    int64_t dim;
-    bool bfloat16;
-};
-
-struct BlockSummary {
-    float highest;
-    int64_t nan_count;
-    int64_t greater;
-};
-
-// What an instruction set provides; `wide` is scratch of kBlockRows * kWidePitch floats.
-struct Kernels {
-    void (*score_block)(const Queries&, const Block&, float* wide, float* out);
-    BlockSummary (*summarise)(float* scores, float positive_score);
-    float (*soften)(float* scores, float peak, float temperature);
-    void (*add_block)(const Queries&, const float* weights, const Block&, float* wide, float* direction);
-};
-
-}  // namespace
-}  // namespace vsr1
-
-#define VSR1_ISA portable
-#define VSR1_TARGET
-#define VSR1_LANES 4
-#define VSR1_TILE_ROWS 3
-#include "corpus_scan_kernel.inl"
-#undef VSR1_ISA
-#undef VSR1_TARGET
-#undef VSR1_LANES
-#undef VSR1_TILE_ROWS
-
-#if defined(__x86_64__)
-#define VSR1_ISA avx2
-#define VSR1_TARGET __attribute__((target("avx2,fma")))
-#define VSR1_LANES 8
-#define VSR1_TILE_ROWS 3
-#include "corpus_scan_kernel.inl"
-#undef VSR1_ISA
-#undef VSR1_TARGET
-#undef VSR1_LANES
-#undef VSR1_TILE_ROWS
-
-#define VSR1_ISA avx512
-#define VSR1_TARGET __attribute__((target("avx512f,avx2,fma,prefer-vector-width=512")))
-#define VSR1_LANES 16
-#define VSR1_TILE_ROWS 6
-#include "corpus_scan_kernel.inl"
-#endif
-
-namespace vsr1 {
-namespace {
-
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-struct Isa {
-    const char* name;
-    const Kernels* kernels;
-    bool present;
-};
-
-// The table of instruction sets, best first.
-const std::vector<Isa>& isa_table() {
-    static const std::vector<Isa> table = {
-#if defined(__x86_64__)
-        {"avx512", &avx512::kKernels, __builtin_cpu_supports("avx512f") != 0},
-        {"avx2", &avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
-#endif
-        {"portable", &portable::kKernels, true},
-    };
-    return table;
-}
-
-std::atomic<const Isa*> chosen_isa{nullptr};
-
-const Isa& current_isa() {
-    if (const Isa* isa = chosen_isa.load()) return *isa;
-    return *std::find_if(isa_table().begin(), isa_table().end(), [](const Isa& isa) { return isa.present; });
-}
-
-struct Entry {
-    float score;
-    int64_t id;
-};
-
-bool better(const Entry& a, const Entry& b) { return a.score > b.score || (a.score == b.score && a.id < b.id); }
-
-// One query's best k of one part: a heap whose front is the worst kept.
-class Best {
-   public:
-    Best(Entry* storage, int64_t k) : entries_(storage), k_(k) {}
-
-    float threshold() const { return size_ < k_ ? -kInfinity : k_ ? entries_[0].score : kInfinity; }
-
-    // Ids come in ascending order, so an equal score never replaces what is kept.
-    void add(float score, int64_t id) {
-        if (size_ == k_) std::pop_heap(entries_, entries_ + size_--, better);
-        entries_[size_++] = {score, id};
-        std::push_heap(entries_, entries_ + size_, better);
-    }
-
-    int64_t size() const { return size_; }
-
-   private:
-    Entry* entries_;
-    int64_t k_;
-    int64_t size_ = 0;
-};
 
 // What one query has seen of one part.
 struct Seen {
@@ -165,14 +32,14 @@ struct Seen {
 // What a part's sweep leaves behind.
 struct Part {
     std::vector<Seen> seen;            // (queries)
-    std::unique_ptr<Entry[]> entries;  // (queries, k)
+    std::unique_ptr<Entry<float>[]> entries;  // (queries, k)
     std::vector<float> direction;      // (padded queries, stride); empty if not asked
 };
 
 class Sweep {
    public:
     Sweep(const ScanTask& task, const ScanOutput& output)
-        : task_(task), output_(output), kernels_(*current_isa().kernels), stride_(round_up(task.rows.dim, 16)) {}
+        : task_(task), output_(output), kernels_(current_kernels()), stride_(round_up(task.rows.dim, 64)) {}
 
     void run() {
         if (task_.queries == 0) return;
@@ -184,7 +51,8 @@ class Sweep {
         const int threads = std::max(1, int(std::min<double>(task_.threads, work / kThreadWork)));
         packed_.assign(round_up(task_.queries, kTileQueries) * stride_, 0.0f);
         for (int64_t q = 0; q < task_.queries; ++q)
-            std::copy_n(task_.query + q * task_.rows.dim, task_.rows.dim, packed_.begin() + q * stride_);
+            for (int64_t d = 0; d < task_.rows.dim; ++d)
+                packed_[q * stride_ + position(d)] = task_.query[q * task_.rows.dim + d];
         bar_.assign(task_.queries, kInfinity);
         if (task_.positive) parallel_for(task_.queries, threads, [&](int64_t q) { score_positive(q); });
         if (listed) {
@@ -212,19 +80,20 @@ class Sweep {
         return static_cast<const char*>(task_.rows.data) + id * task_.rows.row_stride * bytes;
     }
 
+    int64_t position(int64_t d) const { return kernels_.position(d, task_.rows.bfloat16); }
+
     // The given queries of the packed ones. The kernels may read, but do not use, up to a tile behind the last.
-    Queries queries(int64_t first, int64_t count) const { return {packed_.data() + first * stride_, count, stride_}; }
+    Queries<float> queries(int64_t first, int64_t count) const { return {packed_.data() + first * stride_, count, stride_}; }
 
     // One part in the making: the queries it serves, its result so far, and scratch.
     struct Work {
         Work(const Sweep& sweep, int64_t first, int64_t count)
             : queries(sweep.queries(first, count)),
               bar(sweep.bar_.data() + first),
-              wide(kBlockRows * kWidePitch),
               scores(round_up(count, kTileQueries) * kBlockRows) {
             const ScanTask& task = sweep.task_;
             part.seen.resize(count);
-            part.entries = std::make_unique_for_overwrite<Entry[]>(count * task.k);
+            part.entries = std::make_unique_for_overwrite<Entry<float>[]>(count * task.k);
             if (task.expected) part.direction.assign(round_up(count, kTileQueries) * sweep.stride_, 0.0f);
             for (int64_t q = 0; q < count; ++q) best.emplace_back(part.entries.get() + q * task.k, task.k);
             if (task.exclude) {
@@ -236,13 +105,14 @@ class Sweep {
             }
             block.dim = task.rows.dim;
             block.bfloat16 = task.rows.bfloat16;
+            block.stride = task.candidates_width < 0 ? task.rows.row_stride : 0;
             block.count = 0;
         }
 
-        Queries queries;
+        Queries<float> queries;
         const float* bar;
-        std::vector<float> wide, scores;
-        std::vector<Best> best;
+        std::vector<float> scores;
+        std::vector<Best<float>> best;
         std::vector<std::vector<int64_t>> exclude;
         Block block;
         Part part;
@@ -282,9 +152,10 @@ class Sweep {
             block.rows[0] = row(task_.positive[q]);
             block.count = 1;
             block.dim = task_.rows.dim;
+            block.stride = 0;
             block.bfloat16 = task_.rows.bfloat16;
-            std::vector<float> wide(kBlockRows * kWidePitch), scores(kTileQueries * kBlockRows);
-            kernels_.score_block(queries(q, 1), block, wide.data(), scores.data());
+            std::vector<float> scores(kTileQueries * kBlockRows);
+            kernels_.score_block(queries(q, 1), block, scores.data());
             score = scores[0];
         }
         output_.positive_score[q] = score;
@@ -293,7 +164,7 @@ class Sweep {
 
     void take_block(Work& work) const {
         Block& block = work.block;
-        kernels_.score_block(work.queries, block, work.wide.data(), work.scores.data());
+        kernels_.score_block(work.queries, block, work.scores.data());
         if (task_.expected) skip_unusable(block, work.scores.data());
         for (int64_t q = 0; q < work.queries.count; ++q) {
             float* score = work.scores.data() + q * kBlockRows;
@@ -303,7 +174,7 @@ class Sweep {
             const BlockSummary summary = kernels_.summarise(score, work.bar[q]);
             seen.nan_count += summary.nan_count;
             seen.greater += summary.greater;
-            Best& best = work.best[q];
+            Best<float>& best = work.best[q];
             if (summary.highest > best.threshold())
                 for (int i = 0; i < block.count; ++i)
                     if (score[i] > best.threshold()) best.add(score[i], block.ids[i]);
@@ -311,7 +182,7 @@ class Sweep {
                 take_mass(summary.highest, score, seen, task_.expected ? work.part.direction.data() + q * stride_ : nullptr);
         }
         if (task_.expected)
-            kernels_.add_block(work.queries, work.scores.data(), block, work.wide.data(), work.part.direction.data());
+            kernels_.add_block(work.queries, work.scores.data(), block, work.part.direction.data());
         block.count = 0;
     }
 
@@ -356,7 +227,7 @@ class Sweep {
     int64_t part_count(int64_t blocks) const {
         constexpr int64_t kBytes = 64 << 20, kFewest = 16, kMost = 256, kBlocksInPart = 16;
         const int64_t bytes =
-            task_.queries * (task_.k * sizeof(Entry) + sizeof(Seen)) + (task_.expected ? packed_.size() * sizeof(float) : 0);
+            task_.queries * (task_.k * sizeof(Entry<float>) + sizeof(Seen)) + (task_.expected ? packed_.size() * sizeof(float) : 0);
         const int64_t affordable = std::clamp(kBytes / std::max<int64_t>(bytes, 1), kFewest, kMost);
         return std::clamp<int64_t>(blocks / kBlocksInPart, 1, affordable);
     }
@@ -364,17 +235,17 @@ class Sweep {
     // Writes query `target` of the output from query `q` of the parts, in their order.
     void merge(const std::vector<Part>& parts, int64_t q, int64_t target) const {
         Seen total;
-        std::vector<Entry> entries;
+        std::vector<Entry<float>> entries;
         for (const Part& part : parts) {
             const Seen& seen = part.seen[q];
-            const Entry* kept = part.entries.get() + q * task_.k;
+            const Entry<float>* kept = part.entries.get() + q * task_.k;
             entries.insert(entries.end(), kept, kept + seen.kept);
             total.nan_count += seen.nan_count;
             total.greater += seen.greater;
             total.peak = std::max(total.peak, seen.peak);
         }
         const int64_t found = std::min<int64_t>(task_.k, entries.size());
-        std::partial_sort(entries.begin(), entries.begin() + found, entries.end(), better);
+        std::partial_sort(entries.begin(), entries.begin() + found, entries.end(), better<float>);
         for (int64_t i = 0; i < task_.k; ++i) {
             output_.scores[target * task_.k + i] = i < found ? entries[i].score : -kInfinity;
             output_.ids[target * task_.k + i] = i < found ? entries[i].id : -1;
@@ -400,7 +271,7 @@ class Sweep {
             if (weight[p] == 0) continue;
             const float share = float(weight[p] / total.mass);
             const float* direction = parts[p].direction.data() + q * stride_;
-            for (int64_t d = 0; d < task_.rows.dim; ++d) out[d] += share * direction[d];
+            for (int64_t d = 0; d < task_.rows.dim; ++d) out[d] += share * direction[position(d)];
         }
     }
 
@@ -416,24 +287,5 @@ class Sweep {
 }  // namespace
 
 void corpus_scan(const ScanTask& task, const ScanOutput& output) { Sweep(task, output).run(); }
-
-std::vector<std::string> isas() {
-    std::vector<std::string> names;
-    for (const Isa& isa : isa_table())
-        if (isa.present) names.push_back(isa.name);
-    return names;
-}
-
-std::string isa() { return current_isa().name; }
-
-void use_isa(const std::string& name) {
-    for (const Isa& isa : isa_table()) {
-        if (isa.present && isa.name == name) {
-            chosen_isa = &isa;
-            return;
-        }
-    }
-    throw std::invalid_argument("this processor has no instruction set '" + name + "'");
-}
 
 }  // namespace vsr1

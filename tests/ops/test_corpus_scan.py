@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,27 +26,7 @@ from vsr1.ops.corpus_scan import (
     scan,
 )
 
-PATHS = ["reference", "cpu-portable", "cpu-avx2", "cpu-avx512"]
 WORST = 2.0  # allowed error as a multiple of the same-dtype torch expression's
-
-
-@pytest.fixture(params=PATHS)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The backend to ask for; for the compiled one, each instruction set in turn."""
-    name, _, isa = request.param.partition("-")
-    if not isa:
-        yield name
-        return
-    if extension_missing():
-        pytest.skip(f"cpu {extension_missing()}")
-    from vsr1 import _C
-
-    if isa not in _C.isas():
-        pytest.skip(f"this processor has no {isa}")
-    before = _C.isa()
-    _C.use_isa(isa)
-    yield name
-    _C.use_isa(before)
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -157,16 +135,7 @@ def sweeps(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_ties_nan_exclusion_and_candidates_match_an_exact_oracle(path: str, request: pytest.FixtureRequest) -> None:
-    name, _, isa = path.partition("-")
-    if isa:
-        _C = pytest.importorskip("vsr1._C")
-        if isa not in _C.isas():
-            pytest.skip(f"this processor has no {isa}")
-        request.addfinalizer(partial(_C.use_isa, _C.isa()))
-        _C.use_isa(isa)
-
+def test_ties_nan_exclusion_and_candidates_match_an_exact_oracle(backend: str) -> None:
     @settings(max_examples=60, deadline=None, derandomize=True)
     @given(sweeps())
     def check(sweep: dict[str, Any]) -> None:
@@ -179,7 +148,7 @@ def test_ties_nan_exclusion_and_candidates_match_an_exact_oracle(path: str, requ
             temperature=1.0,
             exclude=torch.from_numpy(sweep["exclude"]),
             candidates=None if candidates is None else torch.from_numpy(candidates),
-            backend=name,
+            backend=backend,
         )
         wanted = oracle(
             query.astype(np.float64) @ rows.T.astype(np.float64),

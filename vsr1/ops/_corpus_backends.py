@@ -44,9 +44,9 @@ def corpus_scan(
     backend: str,
 ) -> Outputs:
     """The sweep; outputs as in `ScanResult`, of size 0 where not asked for (expected: only with its flag)."""
-    positive = _usable_rows("positive", positive, rows)
-    exclude = _usable_rows("exclude", exclude, rows)
-    candidates = _usable_rows("candidates", candidates, rows)
+    positive = usable_rows("positive", positive, rows)
+    exclude = usable_rows("exclude", exclude, rows)
+    candidates = usable_rows("candidates", candidates, rows)
     if candidates is not None:
         candidates = candidates.sort(dim=1).values
         left_out = torch.zeros_like(candidates, dtype=torch.bool)
@@ -126,7 +126,7 @@ def _query_gradient(
 corpus_scan.register_autograd(_query_gradient, setup_context=_remember)
 
 
-def _usable_rows(name: str, ids: Tensor | None, rows: Tensor) -> Tensor | None:
+def usable_rows(name: str, ids: Tensor | None, rows: Tensor) -> Tensor | None:
     """Row numbers with everything outside the corpus turned into -1; on CPU, where looking is free, an error."""
     if ids is None:
         return None

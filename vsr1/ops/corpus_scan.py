@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vsr1.ops._corpus_backends import corpus_scan
+from vsr1.ops._corpus_int8 import corpus_scan_int8
 from vsr1.ops.corpus_matrix import ROW_DTYPES, CorpusMatrix
 
 __all__ = ["CorpusMatrix", "HiddenState", "ScanResult", "SoftQuery", "info_nce", "refine_and_scan", "rocchio", "scan"]
@@ -39,6 +40,8 @@ class ScanResult:
     row if the positive's own score is NaN). NaN and -1 where positive is -1.
     lse (B,) float32 = logsumexp(score / temperature), -inf without a selectable row.
     expected (B, D) float32 = sum of the rows weighted by softmax(score / temperature), zeros without a selectable row.
+    rescored (B,) int64 and fallbacks (B,) int64 where int8 codes were swept: how many rows were scored exactly, and 1
+    where the codes could not tell enough rows apart, so that all of them were.
     """
 
     scores: Tensor
@@ -48,6 +51,8 @@ class ScanResult:
     rank: Tensor | None = None
     lse: Tensor | None = None
     expected: Tensor | None = None
+    rescored: Tensor | None = None
+    fallbacks: Tensor | None = None
 
 
 def scan(
@@ -73,6 +78,10 @@ def scan(
     or 2048 half-type components), "triton" (GPU) or "reference" (torch).
     The int64 arguments may lie on the CPU or with the corpus.
 
+    A quantized corpus (`CorpusMatrix.quantize`) is swept by its codes where the best k are all that is asked for, with
+    or without `exclude`: the result is that of scoring every row in float64. Whatever else is asked for is computed
+    from the rows themselves.
+
     scores, positive_score and lse are differentiable in query; the corpus gets no gradient. Differentiating scores
     gathers (B, k, D) rows in the backward pass.
 
@@ -89,6 +98,13 @@ def scan(
     if temperature is not None:
         _check_temperature(temperature)
     count = query.shape[0]
+    if matrix.quantized is not None and positive is None and temperature is None and candidates is None:
+        left_out = _rows_argument("exclude", exclude, count, 2, matrix.device)
+        codes = matrix.quantized
+        scores, ids, nan_count, rescored, fallbacks = corpus_scan_int8(
+            query, matrix.rows, codes.codes, codes.scales, codes.residuals, k, left_out, backend
+        )
+        return ScanResult(scores, ids, nan_count, rescored=rescored, fallbacks=fallbacks)
     outputs = corpus_scan(
         query,
         matrix.rows,

@@ -45,6 +45,33 @@ struct ScanOutput {
 // Results are bitwise the same for any number of threads, and a score does not depend on the other queries or rows.
 void corpus_scan(const ScanTask& task, const ScanOutput& output);
 
+// The same corpus with int8 codes beside its rows (CorpusMatrix.quantize); k, exclude and threads as in ScanTask.
+struct Int8Task {
+    RowsView rows;
+    const int8_t* codes;  // (rows.count, rows.dim), code_stride apart
+    int64_t code_stride;
+    const float* scales;     // (rows.count)
+    const float* residuals;  // (rows.count)
+    const float* query;      // (queries, rows.dim)
+    int64_t queries;
+    int64_t k;
+    const int64_t* exclude;
+    int64_t exclude_width;
+    int threads;
+};
+
+// Contract: vsr1/ops/_corpus_int8.py.
+struct Int8Output {
+    float* scores;       // (queries, k)
+    int64_t* ids;        // (queries, k)
+    int64_t* nan_count;  // (queries), as the two below
+    int64_t* rescored;
+    int64_t* fallbacks;
+};
+
+// The best k rows in the order of their float64 scores, whatever the codes are worth.
+void corpus_scan_int8(const Int8Task& task, const Int8Output& output);
+
 // The instruction sets this processor has, best first; corpus_scan uses the first. `use_isa` picks another one of them (tests).
 std::vector<std::string> isas();
 std::string isa();

@@ -1,0 +1,79 @@
+// What the sweeps need from an instruction set, and the table of those that are compiled in. The inner loops themselves are
+// kernels.inl, compiled once for each set.
+#pragma once
+
+#include <cstdint>
+
+namespace vsr1 {
+
+constexpr int kTileQueries = 4;  // queries in a register tile
+constexpr int kBlockRows = 48;   // a multiple of every tile and register; 48 rows of 2048 bfloat16 are 192 KiB, within L2
+constexpr int64_t kPanel = 1024;  // components of the queries and rows that are near at a time
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+// `count` queries of `stride` components; behind them zeros up to a multiple of the tile.
+template <typename Element>
+struct Queries {
+    const Element* data;
+    int64_t count;
+    int64_t stride;
+};
+
+// Some rows of the corpus; `stride` is the distance between them in elements, 0 if it differs.
+struct Block {
+    const void* rows[kBlockRows];
+    int64_t ids[kBlockRows];
+    int count;
+    int64_t dim;
+    int64_t stride;
+    bool bfloat16;
+};
+
+struct BlockSummary {
+    float highest;
+    int64_t nan_count;
+    int64_t greater;
+};
+
+// What the error of an approximate score is made of; see CorpusMatrix.quantize for the bound.
+struct Bound {
+    float scale;          // of the query's integers
+    float per_residual;   // length of the query's integer part
+    float per_scale;      // 127 x the sum of what the integers leave of the query
+};
+
+struct Kernels {
+    int lanes;  // floats in a register; how queries of bfloat16 rows are laid out depends on it (`position`)
+
+    // out (queries, kBlockRows) = the scores of the block's rows.
+    void (*score_block)(const Queries<float>&, const Block&, float* out);
+    // One query's scores of a block: NaN becomes -inf and is counted, the rest is compared with the positive's.
+    BlockSummary (*summarise)(float* scores, float positive_score);
+    // scores[i] = exp((scores[i] - peak) / temperature); returns their sum.
+    float (*soften)(float* scores, float peak, float temperature);
+    // direction (queries, stride) += weights (queries, kBlockRows) x rows.
+    void (*add_block)(const Queries<float>&, const float* weights, const Block&, float* direction);
+
+    // out (queries, kBlockRows) = integer products with the block's rows, which are int8.
+    void (*multiply_block)(const Queries<int16_t>&, const Block&, int32_t* out);
+    // Lower and upper bounds of a block's scores from one query's products; true if an upper bound is not <= bar.
+    bool (*bound_block)(
+        const int32_t* products, const float* scales, const float* residuals, const Bound&, float bar, float* lower, float* upper);
+    // The score of one row in float64.
+    double (*score_exactly)(const float* query, const void* row, int64_t dim, bool bfloat16);
+
+    // Where component d of a query, or of `expected`, lies: bfloat16 rows are read as even and odd components.
+    int64_t position(int64_t d, bool bfloat16) const {
+        if (!bfloat16) return d;
+        const int64_t within = d % (2 * lanes);
+        return d - within + within % 2 * lanes + within / 2;
+    }
+};
+
+// Of the instruction set in use.
+const Kernels& current_kernels();
+
+}  // namespace vsr1

@@ -1,0 +1,30 @@
+"""Shared by the tests of the ops: every backend of the sweeps that runs on CPU tensors, instruction set by instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from vsr1.ops._dispatch import extension_missing
+
+PATHS = ["reference", "cpu-portable", "cpu-avx2", "cpu-avx512"]
+
+
+@pytest.fixture(params=PATHS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend to ask for; for the compiled one, each instruction set in turn."""
+    name, _, isa = request.param.partition("-")
+    if not isa:
+        yield name
+        return
+    if extension_missing():
+        pytest.skip(f"cpu {extension_missing()}")
+    from vsr1 import _C
+
+    if isa not in _C.isas():
+        pytest.skip(f"this processor has no {isa}")
+    before = _C.isa()
+    _C.use_isa(isa)
+    yield name
+    _C.use_isa(before)
