@@ -1,1 +1,1 @@
-"""Benchmarks, one file an op; each checks that the answers agree before it times them."""
+"""What is measured: `pytest --benchmark`, `python -m bench.gpu`; what is published of it: `bench.report`, `bench.learning`."""

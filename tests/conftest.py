@@ -1,4 +1,8 @@
-"""Shared by all tests: under tests/ops, torch.empty is full of NaN, so an element that an op forgets to write fails."""
+"""Shared by all tests: under tests/ops, torch.empty is full of NaN, so an element that an op forgets to write fails.
+
+Also the option `--benchmark`, which runs bench/ instead of the tests. It lives here because pytest asks for options before it
+looks at anything, and then this is the conftest that it finds from the root of the project.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,29 @@ import torch
 from torch import Tensor
 
 INTEGER_POISON = -(2**7) + 1  # fits every integer dtype and is no row, count or rank
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--benchmark", action="store_true", help="run bench/ instead of the tests; -k selects, e.g. an op")
+    parser.addoption("--benchmark-quick", action="store_true", help="with small sizes, to see that benchmarks work")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config: pytest.Config) -> None:
+    """Turns to bench/ if asked to. UsageError without pytest-benchmark, or where processes would disturb each other."""
+    if not config.option.benchmark:
+        return
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("--benchmark needs pytest-benchmark: pip install -e '.[bench]'")
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("--benchmark measures one thing at a time: leave out -n")
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS:
+        raise pytest.UsageError(
+            f"--benchmark runs bench/, not {' '.join(config.args)}: select with -k, e.g. -k patches"
+        )
+    config.args = [str(config.rootpath / "bench")]
+    config.addinivalue_line("python_files", "bench_*.py")
+    config.option.benchmark_quiet = True  # bench/conftest.py prints the tables
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:

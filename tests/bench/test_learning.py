@@ -1,13 +1,10 @@
-"""The README's table of results: every run is printed, the means are means, and the rest of the README stays."""
+"""The README's table of what runs learn: every run is printed, and the means are means."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import pytest
-
-from bench import results
+from bench import learning
 
 
 def share(value: float | None) -> dict[str, Any]:
@@ -38,20 +35,9 @@ def run(seed: int, base: float, iou: float | None = 0.9) -> dict[str, Any]:
 
 
 def test_every_run_and_their_mean() -> None:
-    text = results.table([run(1, 0.2), run(2, 0.3, iou=None)])
+    text = learning.table([run(1, 0.2), run(2, 0.3, iou=None)])
     assert "seeds 1 and 2: 500 queries about 400 test videos; 11, 11 minutes" in text
     assert "| VR R@1, first query | 25.0 (20.0, 30.0) | 25.0 (20.0, 30.0) |" in text
     assert "| mean IoU on accepted right videos | 90.0 (90.0, -) |" in text  # a run that accepted nothing is no zero
     assert "exclusion only, right video second: +10.0 [8.0, 12.0]; +20.0 [18.0, 22.0]" in text
     assert "GRPO over SFT, VCMR IoU ≥ 0.5: -1.2 [-3.2, 0.8]; -1.2 [-3.2, 0.8]" in text
-
-
-def test_only_the_part_between_the_markers_changes(tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
-    results.write("new", readme)
-    assert readme.read_text() == "before\n<!-- results -->\nnew\n<!-- /results -->\nafter\n"
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match="results"):
-        results.write("new", readme)
-    assert readme.read_text() == "no markers"

@@ -1,6 +1,6 @@
-"""The README's table of results, written from the `eval.json` of finished runs.
+"""What a run learns: the README's table of results, written from the `eval.json` of finished runs.
 
-    python -m bench.results runs/tiny runs/tiny-seed-2
+    python -m bench.learning runs/tiny runs/tiny-seed-2
 
 Every run is printed, with the mean of the runs behind it; the figures with an interval are those a conclusion rests on.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+from bench.readme import replace
+
 Figures = dict[str, Any]
 
 ROWS: tuple[tuple[str, Callable[[Figures], Figures]], ...] = (
@@ -86,16 +86,7 @@ def table(runs: Sequence[Figures]) -> str:
     return "\n".join(lines)
 
 
-def write(text: str, readme: Path = README) -> None:
-    """Put `text` between the README's markers; ValueError where they are missing."""
-    whole = readme.read_text()
-    if BEGIN not in whole or END not in whole:
-        raise ValueError(f"'{readme}' has no {BEGIN} .. {END}")
-    head, tail = whole.split(BEGIN)[0], whole.split(END)[1]
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders with an eval.json")
-    write(table([json.loads((run / "eval.json").read_text()) for run in parser.parse_args().runs]))
+    replace("results", table([json.loads((run / "eval.json").read_text()) for run in parser.parse_args().runs]))
