@@ -86,22 +86,24 @@ def from_faiss(index: Any, video_ids: Sequence[str] | Mapping[int, str]) -> tupl
             index = faiss.read_index(str(index))
         except RuntimeError as error:
             raise CorpusError(f"{name} cannot be read: {error}") from error
-    index = faiss.downcast_index(index)
-    flat, numbers = index, range(index.ntotal)
-    if isinstance(index, faiss.IndexIDMap):  # IndexIDMap2 is one
-        flat, numbers = faiss.downcast_index(index.index), faiss.vector_to_array(index.id_map).tolist()
+    outer = flat = faiss.downcast_index(index)
+    numbers = range(outer.ntotal)
+    if isinstance(outer, faiss.IndexIDMap):  # IndexIDMap2 is one
+        flat, numbers = faiss.downcast_index(outer.index), faiss.vector_to_array(outer.id_map).tolist()
     if not isinstance(flat, faiss.IndexFlat) or flat.metric_type != faiss.METRIC_INNER_PRODUCT:
-        kind = type(flat).__name__ if flat is index else f"{type(index).__name__} over {type(flat).__name__}"
+        kind = type(flat).__name__ if flat is outer else f"{type(outer).__name__} over {type(flat).__name__}"
         raise CorpusError(
             f"{name} is a {kind}, and only IndexFlatIP, alone or in an IndexIDMap, can be imported: another index holds "
             "other distances or rounded vectors; import the vectors it was made of with Corpus.import_prepared"
         )
-    if flat is index and len(video_ids) != index.ntotal:
-        raise CorpusError(f"{name} holds {index.ntotal} vectors, {len(video_ids)} video ids were given: give one each")
-    return (
-        Source(name, flat.ntotal, flat.d, lambda part: flat.reconstruct_n(part.start, part.stop - part.start)),
-        [_video_id(name, video_ids, number) for number in numbers],
-    )
+    if flat is outer and len(video_ids) != flat.ntotal:
+        raise CorpusError(f"{name} holds {flat.ntotal} vectors, {len(video_ids)} video ids were given: give one each")
+
+    def read(part: slice, owner: Any = index) -> np.ndarray:
+        # `owner` is not used but kept: FAISS frees what a downcast looks into together with the index itself.
+        return flat.reconstruct_n(part.start, part.stop - part.start)
+
+    return Source(name, flat.ntotal, flat.d, read), [_video_id(name, video_ids, number) for number in numbers]
 
 
 def from_prepared(npy_path: Path, docid2row_path: Path) -> tuple[Source, list[str]]:

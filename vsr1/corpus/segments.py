@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from vsr1.errors import CorpusError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEGMENT_BYTES = 1 << 28  # of one part: large files read fast, and a few such parts fit in any memory
 _ASIDE = ".aside"
+_OURS = re.compile(
+    rf"\d{{6,}}\.safetensors({re.escape(_ASIDE)})?|\.tmp\w{{6}}"
+)  # safetensors writes to .tmpXXXXXX first
 
 
 class SegmentMissing(CorpusError):
@@ -80,9 +84,9 @@ def read_segment(folder: Path, segment: Segment, dimension: int, dtype: torch.dt
 
 
 def remove_leftovers(folder: Path, committed: Collection[str]) -> None:
-    """Deletes segment files that no commit ever named. Only for the one who holds the catalogue's write lock."""
+    """Deletes segment files that no commit names. Only for the one who holds the catalogue's write lock."""
     for path in folder.iterdir():
-        if path.name not in committed and path.name.removesuffix(_ASIDE).endswith(".safetensors"):
+        if path.name not in committed and _OURS.fullmatch(path.name):
             path.unlink()
 
 
