@@ -57,9 +57,10 @@ def _alone(folder: Path) -> Iterator[None]:
     """The folder's lock, which ends with the process that holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CorpusError(f"a corpus is being made at '{folder}' by another process: wait until it ends") from error
         yield
-    except BlockingIOError as error:
-        raise CorpusError(f"a corpus is being made at '{folder}' by another process: wait until it ends") from error
     finally:
         os.close(descriptor)

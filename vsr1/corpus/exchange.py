@@ -83,7 +83,7 @@ def from_faiss(index: Any, video_ids: Sequence[str] | Mapping[int, str]) -> tupl
     if isinstance(index, str | Path):
         name = f"FAISS index '{index}'"
         try:
-            index = faiss.read_index(str(index))
+            index = faiss.read_index(str(index), faiss.IO_FLAG_MMAP_IFC)  # mapped: it may be larger than memory
         except RuntimeError as error:
             raise CorpusError(f"{name} cannot be read: {error}") from error
     outer = flat = faiss.downcast_index(index)
@@ -188,6 +188,7 @@ def _put(path: Path, names_path: Path, names: Any, write: Callable[[Path], None]
         path.unlink(missing_ok=True)  # an older pair is taken apart before its names change
         names_aside.rename(names_path)
         aside.rename(path)
+        flush(names_path.parent)
         flush(path.parent)
     except OSError as error:
         raise CorpusError(f"cannot write '{path}' and '{names_path}': {error}") from error

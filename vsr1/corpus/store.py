@@ -107,7 +107,7 @@ class Corpus:
         paths: Mapping[str, str | Path] | None = None,
         durations: Mapping[str, float] | None = None,
     ) -> Corpus:
-        """A new corpus of the vectors of a FAISS index, given itself or as the path of its file, in its row order.
+        """A new corpus of the vectors of a FAISS index, given itself or as the path of its file, in the order of its rows.
 
         The index is an IndexFlatIP or an IndexIDMap over one. `video_ids` is looked up by FAISS's ids, those that its
         searches return: for an IndexFlatIP a list of one video id a vector, for an IndexIDMap usually a dictionary.
