@@ -47,10 +47,10 @@ def test_a_compaction_writes_bounded_segments(tmp_path: Path, monkeypatch: pytes
     read: list[str] = []
     real = segments.load_file
     monkeypatch.setattr(segments, "load_file", lambda path: read.append(path.name) or real(path))
-    corpus.compact(segment_bytes=12 * D * 2 + 1)  # 40 rows by 12
+    corpus.compact(segment_bytes=10 * D * 2 + 1)  # 40 rows by 10, of segments of 4
     assert len(read) == len(set(read)) == 10  # once each, though parts end inside them
     contents = sorted(len(real(path)["vectors"]) for path in (corpus.folder / "vectors").iterdir())
-    assert contents == [4, 12, 12, 12]
+    assert contents == [10, 10, 10, 10]
     assert torch.equal(vectors_of(Corpus.open(corpus.folder)), expected)
 
 

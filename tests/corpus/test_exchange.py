@@ -311,4 +311,7 @@ def test_exports_that_cannot_be_written(tmp_path: Path) -> None:
     corpus.export_prepared(tmp_path / "out.npy", tmp_path / "out.json")
     with pytest.raises(CorpusError, match=r"cannot write .*nowhere/out.json"):
         corpus.export_prepared(tmp_path / "out.npy", tmp_path / "nowhere" / "out.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out.json", "out.npy"]
+    (tmp_path / "taken.json").mkdir()
+    with pytest.raises(CorpusError, match=r"cannot write .*new.npy' and .*taken.json"):
+        corpus.export_prepared(tmp_path / "new.npy", tmp_path / "taken.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "out.json", "out.npy", "taken.json"]

@@ -24,9 +24,8 @@ from vsr1.errors import CorpusError
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SEGMENT_BYTES = 1 << 28  # of one part: large files read fast, and a few such parts fit in any memory
 _ASIDE = ".aside"
-_OURS = re.compile(
-    rf"\d{{6,}}\.safetensors({re.escape(_ASIDE)})?|\.tmp\w{{6}}"
-)  # safetensors writes to .tmpXXXXXX first
+# What a writer may leave behind; safetensors itself writes to .tmpXXXXXX first.
+_OURS = re.compile(r"\d{6,}\.safetensors(\.aside)?|\.tmp\w{6}")
 
 
 class SegmentMissing(CorpusError):
