@@ -75,7 +75,8 @@ def test_a_folder_that_is_no_run_is_named(tmp_path):
 
 
 def test_the_readme_example_runs(run_folder, monkeypatch, capsys):
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    section = README.read_text(encoding="utf-8").split("\n## Use it\n")[1].split("\n## ")[0]
+    (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     monkeypatch.chdir(run_folder.parents[1])
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.count("\n") >= 2

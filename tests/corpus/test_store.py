@@ -14,34 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.corpus.shared import D, files, scratch, unit, vectors_of
 from vsr1.corpus import Corpus, catalogue, segments, store
 from vsr1.errors import CorpusError
-
-D = 6
-
-
-def unit(count: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(count, D, generator=generator), dim=1)
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Corpus:
-    """Five videos, two segments."""
-    made = Corpus.create(tmp_path / "corpus", D, "embedder-a")
-    made.add(["a", "b", "c"], unit(3), paths=["a.mp4", None, tmp_path / "c.mp4"], durations=[1.5, None, 3.0])
-    made.add(["d", "e"], unit(2, seed=1))
-    return made
-
-
-def vectors_of(corpus: Corpus) -> torch.Tensor:
-    """The vectors as a search sees them: inner products with the unit axes, put back in row order."""
-    ids, scores = corpus.search(torch.eye(D), max(1, len(corpus)))
-    rows = torch.full((len(corpus), D), torch.nan)
-    for axis, (names, values) in enumerate(zip(ids, scores, strict=True)):
-        for name, value in zip(names, values.tolist(), strict=False):
-            rows[corpus.row(name), axis] = value
-    return rows
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -85,7 +60,7 @@ def test_an_empty_corpus_finds_nothing(tmp_path: Path) -> None:
     ids, scores = made.search(unit(2), 3)
     assert ids == [[], []]
     assert scores.eq(-torch.inf).all()
-    assert list((tmp_path / "corpus" / "vectors").iterdir()) == []
+    assert files(made) == []
 
 
 def test_deletion_moves_rows_up_and_frees_the_id(corpus: Corpus) -> None:
@@ -104,19 +79,25 @@ operations = st.lists(
     st.one_of(
         st.tuples(st.just("add"), st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True)),
         st.tuples(st.just("delete"), st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True)),
-        st.tuples(st.sampled_from(["search", "reopen"]), st.just([])),
+        st.tuples(st.sampled_from(["search", "reopen", "hand over", "search late", "compact"]), st.just([])),
     ),
-    max_size=12,
+    max_size=16,
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(operations)
-def test_any_sequence_of_changes_equals_a_dictionary(
-    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[str, list[int]]]
-) -> None:
-    made = Corpus.create(tmp_path_factory.mktemp("any") / "corpus", D, "e")
+def test_any_sequence_of_changes_equals_a_dictionary(changes: list[tuple[str, list[int]]]) -> None:
+    """`made` writes, `other` stays behind on `seen` until one hands over to the other."""
+    with scratch() as folder:
+        follow(changes, Path(folder) / "corpus")
+
+
+def follow(changes: list[tuple[str, list[int]]], folder: Path) -> None:
+    made = Corpus.create(folder, D, "e")
+    other = Corpus.open(made.folder)
     model: dict[str, torch.Tensor] = {}
+    seen: dict[str, torch.Tensor] = {}
     for step, (what, numbers) in enumerate(changes):
         names = [f"v{n}" for n in numbers]
         vectors = unit(len(names), seed=step)
@@ -131,12 +112,33 @@ def test_any_sequence_of_changes_equals_a_dictionary(
                 made.add(names, vectors) if what == "add" else made.delete(names)
         elif what == "reopen":
             made = Corpus.open(made.folder)
+        elif what == "search":
+            same(made, model)
+        elif what == "hand over":
+            made, other, seen = other, made, dict(model)
+            made.refresh()
+            assert not made.refresh()
+        elif what == "search late":
+            found = vectors_of(other)
+            seen = seen if other.video_ids == list(seen) else dict(model)
+            assert other.video_ids == list(seen)
+            assert_rows(found, seen)
+        elif what == "compact":
+            made.compact(segment_bytes=2 * D * 4)
+            assert len(files(made)) <= (len(model) + 1) // 2
         assert made.video_ids == list(model)
-        if what == "search" and model:
-            torch.testing.assert_close(vectors_of(made), torch.stack(list(model.values())), rtol=1e-6, atol=1e-6)
-    assert Corpus.open(made.folder).video_ids == list(model)
-    if model:
-        torch.testing.assert_close(vectors_of(made), torch.stack(list(model.values())), rtol=1e-6, atol=1e-6)
+    same(Corpus.open(made.folder), model)
+    same(made, model)
+
+
+def same(corpus: Corpus, model: dict[str, torch.Tensor]) -> None:
+    assert corpus.video_ids == list(model)
+    assert_rows(vectors_of(corpus), model)
+
+
+def assert_rows(found: torch.Tensor, model: dict[str, torch.Tensor]) -> None:
+    expected = torch.stack(list(model.values())) if model else torch.empty(0, D)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 REFUSED: dict[str, tuple[Callable[[Corpus], object], str]] = {
@@ -157,11 +159,11 @@ REFUSED: dict[str, tuple[Callable[[Corpus], object], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_name_both_sides_and_change_nothing(corpus: Corpus, name: str) -> None:
     call, message = REFUSED[name]
-    files = sorted(p.name for p in (corpus.folder / "vectors").iterdir())
+    before = files(corpus)
     with pytest.raises(CorpusError, match=message):
         call(corpus)
     assert corpus.video_ids == Corpus.open(corpus.folder).video_ids == ["a", "b", "c", "d", "e"]
-    assert sorted(p.name for p in (corpus.folder / "vectors").iterdir()) == files
+    assert files(corpus) == before
 
 
 def test_a_vector_too_large_for_half_precision_is_refused(tmp_path: Path) -> None:
@@ -215,16 +217,16 @@ def test_another_format_is_refused(corpus: Corpus) -> None:
 
 
 def test_damage_is_found_when_a_segment_is_first_read(corpus: Corpus) -> None:
-    path = corpus.folder / "vectors" / "000002.safetensors"
+    path = corpus.folder / "vectors" / "000004.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     damaged = Corpus.open(corpus.folder)
     assert damaged.duration("a") == 1.5
-    with pytest.raises(CorpusError, match=r"000002.safetensors' is damaged: its SHA-256 is .*restore"):
+    with pytest.raises(CorpusError, match=r"000004.safetensors' is damaged: its SHA-256 is .*restore"):
         damaged.matrix()
     path.unlink()
-    with pytest.raises(CorpusError, match=r"000002.safetensors' with 2 vectors is missing"):
+    with pytest.raises(CorpusError, match=r"000004.safetensors' with 2 vectors is missing"):
         damaged.search(unit(1), 1)
     (corpus.folder / "catalogue.sqlite").write_bytes(b"not a database at all" * 100)
     with pytest.raises(CorpusError, match=r"catalogue .* is damaged"):
@@ -245,7 +247,7 @@ def test_a_segment_is_verified_once(corpus: Corpus, monkeypatch: pytest.MonkeyPa
     corpus.matrix()
     corpus.delete(["a"])
     corpus.matrix()
-    assert sorted(path.name for path in hashed) == ["000001.safetensors", "000002.safetensors"]
+    assert sorted(path.name for path in hashed) == ["000001.safetensors", "000004.safetensors"]
 
 
 def die(*args: object) -> None:
@@ -256,7 +258,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "before the segment is flushed": lambda m: m.setattr(segments, "flush", die),
     "before the rename": lambda m: m.setattr(segments, "_sha256", die),
     "after the rename": lambda m: m.setattr(store, "insert", die),
-    "before the commit": lambda m: m.setattr(catalogue, "_count_commit", die),
+    "before the commit": lambda m: m.setattr(store, "count_commit", die),
 }
 
 
@@ -269,15 +271,24 @@ def test_a_killed_writer_leaves_the_last_commit(corpus: Corpus, monkeypatch: pyt
         corpus.add(["lost"], unit(1, seed=9))
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
-    left = "000003.safetensors" + (".aside" if moment.endswith(("flushed", "before the rename")) else "")
-    assert max(p.name for p in (corpus.folder / "vectors").iterdir()) == left
+    left = "000006.safetensors" + (".aside" if moment.endswith(("flushed", "before the rename")) else "")
+    assert files(corpus)[-1] == left
     again = Corpus.open(corpus.folder)
     assert again.video_ids == ["a", "b", "c", "d", "e"]
     assert torch.equal(vectors_of(again), vectors)
     again.delete(["a"])
-    assert sorted(p.name for p in (corpus.folder / "vectors").iterdir()) == ["000001.safetensors", "000002.safetensors"]
+    assert files(corpus) == ["000001.safetensors", "000004.safetensors"]
     again.add(["kept"], unit(1, seed=3))
     assert Corpus.open(corpus.folder).video_ids[-1] == "kept"
+
+
+def test_a_writer_clears_away_leftovers_and_nothing_else(corpus: Corpus) -> None:
+    leftovers = [".tmp9JIWkY", "000006.safetensors", "000999.safetensors.aside", "1000000.safetensors"]
+    strangers = ["notes.txt", "mine.safetensors", ".tmp-of-mine"]
+    for name in (*leftovers, *strangers):
+        (corpus.folder / "vectors" / name).write_bytes(b"")
+    corpus.delete(["a"])
+    assert files(corpus) == sorted([*strangers, "000001.safetensors", "000004.safetensors"])
 
 
 def test_a_killed_creation_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +313,7 @@ def test_a_second_writer_waits_its_turn_and_sees_the_first(corpus: Corpus, monke
     monkeypatch.setattr(catalogue, "_LOCK_SECONDS", 0.05)
     with (
         catalogue.connect(corpus.folder, write=True),
-        pytest.raises(CorpusError, match="locked by another writer"),
+        pytest.raises(CorpusError, match=r"locked by another writer for 0\.05 s: try again when it has ended"),
     ):
         other.add(["g"], unit(1))
     assert other.search(unit(1), 1)[0][0]

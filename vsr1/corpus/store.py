@@ -3,80 +3,67 @@
 `add` writes the vectors as a new segment file and then commits their videos to the catalogue; `search` gathers the live
 vectors, once, into one (N, D) matrix in the order they were added and hands it to `vsr1.ops.corpus_scan`. Row i of that
 matrix is `video_ids[i]`; a deletion moves later rows up. One process writes at a time; what other processes commit is
-seen by the next write or by opening the folder again.
+seen by `refresh`, by the next write, or when a compaction has replaced segments that were still to be read.
 """
 
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 
+from vsr1.corpus import exchange
 from vsr1.corpus.catalogue import (
-    FILE,
     Contents,
     Identity,
     Video,
     connect,
-    create_catalogue,
+    count_commit,
     insert,
     mark_deleted,
+    next_number,
     read_contents,
     read_generation,
     read_identity,
 )
-from vsr1.corpus.segments import Segment, read_segment, remove_leftovers, write_segment
+from vsr1.corpus.compaction import is_compact, rewrite
+from vsr1.corpus.creation import VECTORS, making
+from vsr1.corpus.segments import (
+    DTYPES,
+    SEGMENT_BYTES,
+    Segment,
+    SegmentMissing,
+    read_segment,
+    remove_leftovers,
+    storable,
+    write_segment,
+)
+from vsr1.corpus.view import View, gather
 from vsr1.errors import CorpusError
 from vsr1.ops.corpus_scan import CorpusMatrix, scan
 
-_VECTORS = "vectors"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class _View:
-    """The catalogue in memory. Additions append to it, so a search may go on using it; a deletion makes a new one."""
-
-    generation: int
-    segments: dict[int, Segment]
-    videos: list[Video]
-    ids: list[str]
-    row_of: dict[str, int]
-    matrix: CorpusMatrix | None = None  # the first M <= N rows, gathered so far
-
-    @classmethod
-    def of(cls, contents: Contents) -> _View:
-        view = cls(contents.generation, {s.number: s for s in contents.segments}, [], [], {})
-        view.append(contents.videos)
-        return view
-
-    def append(self, videos: Iterable[Video]) -> None:
-        for video in videos:
-            self.videos.append(video)
-            self.ids.append(video.video_id)
-            self.row_of[video.video_id] = len(self.ids) - 1  # last, so that a reader without the lock finds it whole
-
 
 class Corpus:
-    """Videos and their vectors (N, D), searched by inner product. Make one with `create` or `open`.
+    """Videos and their vectors (N, D), searched by inner product. Make one with `create`, `open` or an import.
 
     The vectors are compared as they are: for cosine similarity add unit vectors. Methods may be called from several
-    threads.
+    threads. A corpus is also a context manager that closes itself; after that every method raises CorpusError.
     """
 
-    def __init__(self, folder: Path, identity: Identity, view: _View) -> None:
+    def __init__(self, folder: Path, identity: Identity, view: View) -> None:
         self.folder = folder
         self.embedder_id = identity.embedder_id
         self.dimension = identity.dimension
-        self.dtype = _DTYPES[identity.dtype]
-        self._view = view
+        self.dtype = DTYPES[identity.dtype]
+        self._view: View | None = view
         self._verified: set[int] = set()
         self._lock = threading.RLock()
 
@@ -87,27 +74,8 @@ class Corpus:
         `embedder_id` names the model whose vectors these are, so that no other model's query can be asked by mistake.
         Raises CorpusError if the folder holds anything already.
         """
-        folder = Path(folder)
-        if dimension < 1:
-            raise ValueError(f"dimension must be at least 1, got {dimension}")
-        if not embedder_id:
-            raise ValueError("embedder_id must name the model whose vectors the corpus holds; got an empty string")
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
-        if folder.exists() and not folder.is_dir():
-            raise CorpusError(f"cannot make a corpus at '{folder}': it is a file")
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / FILE).exists():
-            raise CorpusError(f"'{folder}' already holds a corpus: use Corpus.open, or choose another folder")
-        vectors = folder / _VECTORS
-        # A creation killed half-way leaves no catalogue, an empty vectors folder and files named aside: no one's data.
-        foreign = [p.name for p in folder.iterdir() if p != vectors and not p.name.startswith(f"{FILE}.aside")]
-        if foreign or (vectors.exists() and any(vectors.iterdir())):
-            raise CorpusError(
-                f"folder '{folder}' is not empty (it holds {foreign or [_VECTORS]}): choose another folder"
-            )
-        vectors.mkdir(exist_ok=True)
-        create_catalogue(folder, Identity(embedder_id, dimension, dtype))
+        with making(Path(folder), Identity.checked(embedder_id, dimension, dtype)):
+            pass
         return cls.open(folder)
 
     @classmethod
@@ -119,13 +87,60 @@ class Corpus:
         folder = Path(folder)
         with connect(folder) as connection:
             identity = read_identity(connection)
-            view = _View.of(read_contents(connection))
+            view = View.of(read_contents(connection))
         if embedder_id is not None and embedder_id != identity.embedder_id:
             raise CorpusError(
                 f"corpus '{folder}' was built by embedder '{identity.embedder_id}', the one asked for is "
                 f"'{embedder_id}': use that embedder, or index the videos again into another folder"
             )
         return cls(folder, identity, view)
+
+    @classmethod
+    def import_faiss(
+        cls,
+        folder: str | Path,
+        index: Any,
+        video_ids: Sequence[str] | Mapping[int, str],
+        embedder_id: str,
+        dtype: str = "float32",
+        *,
+        paths: Mapping[str, str | Path] | None = None,
+        durations: Mapping[str, float] | None = None,
+    ) -> Corpus:
+        """A new corpus of the vectors of a FAISS index, given itself or as the path of its file, in the order of its rows.
+
+        The index is an IndexFlatIP or an IndexIDMap over one. `video_ids` is looked up by FAISS's ids, those that its
+        searches return: for an IndexFlatIP a list of one video id a vector, for an IndexIDMap usually a dictionary.
+        `paths` and `durations` (seconds) say more about some videos, by their ids. The corpus appears whole or not at
+        all. Raises CorpusError for another type of index, an id without a video, vectors that are not finite in
+        `dtype`, or a folder that holds anything; BackendUnavailable without FAISS.
+        """
+        vectors, ids = exchange.from_faiss(index, video_ids)
+        exchange.make(Path(folder), vectors, ids, embedder_id, dtype, paths, durations)
+        return cls.open(folder)
+
+    @classmethod
+    def import_prepared(
+        cls,
+        folder: str | Path,
+        npy_path: str | Path,
+        docid2row_path: str | Path,
+        embedder_id: str,
+        dtype: str = "float32",
+        *,
+        paths: Mapping[str, str | Path] | None = None,
+        durations: Mapping[str, float] | None = None,
+    ) -> Corpus:
+        """A new corpus of vectors in an .npy file (N, D) and a JSON file {video id: row}, in the order of the rows.
+
+        The vectors are mapped into memory and copied in parts, so they may be larger than it. `paths` and `durations`
+        (seconds) say more about some videos, by their ids. The corpus appears whole or not at all. Raises CorpusError
+        for files that cannot be read, a row that is named twice, by nobody, or is not there, vectors that are not
+        finite in `dtype`, or a folder that holds anything.
+        """
+        vectors, ids = exchange.from_prepared(Path(npy_path), Path(docid2row_path))
+        exchange.make(Path(folder), vectors, ids, embedder_id, dtype, paths, durations)
+        return cls.open(folder)
 
     def add(
         self,
@@ -146,15 +161,12 @@ class Corpus:
         seconds = [None] * len(ids) if durations is None else list(durations)
         if not len(ids) == len(files) == len(seconds):
             raise ValueError(f"{len(ids)} video ids, {len(files)} paths and {len(seconds)} durations: give one each")
-        strange = [video_id for video_id in ids if not isinstance(video_id, str) or not video_id]
-        if strange:
-            raise TypeError(f"video ids must be strings that are not empty, got {strange[0]!r}")
+        exchange.check_ids(ids)
         stored = self._checked(ids, torch.as_tensor(vectors))
-        if not ids:
-            return
         with self._lock:
-            with connect(self.folder, write=True) as connection:
-                view = self._current(connection)
+            with self._writing() as (connection, view):
+                if not ids:
+                    return
                 twice = [v for v, times in Counter(ids).items() if times > 1 or v in view.row_of]
                 if twice:
                     where = "already in" if twice[0] in view.row_of else "given twice for"
@@ -162,36 +174,85 @@ class Corpus:
                         f"video '{twice[0]}' is {where} corpus '{self.folder}' ({len(twice)} such of {len(ids)}): "
                         "delete it first, or leave it out"
                     )
-                segment = write_segment(self.folder / _VECTORS, max(view.segments, default=0) + 1, stored)
+                segment = write_segment(self.folder / VECTORS, next_number(connection), stored)
                 videos = [
                     Video(video_id, file, duration, segment.number, position)
                     for position, (video_id, file, duration) in enumerate(zip(ids, files, seconds, strict=True))
                 ]
                 insert(connection, segment, videos)
+                count_commit(connection)
             view.segments[segment.number] = segment
             view.append(videos)
             view.generation += 1
             self._view = view
 
     def delete(self, video_ids: Iterable[str]) -> None:
-        """Takes videos out, all or none; their ids may be added again. The files keep their size.
+        """Takes videos out, all or none; their ids may be added again. `compact` frees their space.
 
         Raises CorpusError if one of them is not there.
         """
         gone = set(video_ids)
         with self._lock:
-            with connect(self.folder, write=True) as connection:
-                view = self._current(connection)
+            with self._writing() as (connection, view):
                 missing = sorted(gone - view.row_of.keys())
                 if missing:
                     raise CorpusError(f"corpus '{self.folder}' holds no video '{missing[0]}' ({len(missing)} such)")
                 mark_deleted(connection, sorted(gone))
-            keep = [row for row, video_id in enumerate(view.ids) if video_id not in gone]
-            videos = tuple(view.videos[row] for row in keep)
-            left = _View.of(Contents(view.generation + 1, tuple(view.segments.values()), videos))
-            if view.matrix is not None:
-                left.matrix = CorpusMatrix(view.matrix.rows[[row for row in keep if row < len(view.matrix)]])
-            self._view = left
+                count_commit(connection)
+            left = tuple(video for video in view.videos if video.video_id not in gone)
+            self._view = View.of(Contents(view.generation + 1, tuple(view.segments.values()), left), view)
+
+    def compact(self, segment_bytes: int = SEGMENT_BYTES) -> None:
+        """Frees what deletions left behind and gathers many small files in few of at most `segment_bytes` of vectors.
+
+        Rows and ids stay as they are. Every vector is read, verified and written again, in bounded memory, while other
+        processes search; those that want to write wait. A compact corpus is left alone. Other processes that had not
+        read all their segments go on with the corpus as it is then. A kill at any instant loses nothing.
+        Raises CorpusError for damaged segments, and changes nothing then.
+        """
+        if segment_bytes < 1:
+            raise ValueError(f"segment_bytes must be at least 1, got {segment_bytes}")
+        with self._lock:
+            with self._writing() as (connection, view):
+                if is_compact(view, self.dimension * self.dtype.itemsize, segment_bytes):
+                    return
+                folder = self.folder / VECTORS
+
+                def read(number: int) -> torch.Tensor:
+                    # Verified even if it was before: a new checksum over bytes gone bad since would hide them for good.
+                    return read_segment(folder, view.segments[number], self.dimension, self.dtype, verify=True)
+
+                contents = rewrite(connection, folder, view, read, self.dimension, self.dtype, segment_bytes)
+            compacted = View.of(contents)
+            compacted.matrix = view.matrix  # the same rows
+            self._view = compacted
+            for segment in view.segments.values():  # no later writer can have used these names
+                (folder / segment.file).unlink(missing_ok=True)
+
+    def refresh(self) -> bool:
+        """Takes in what other processes have committed; returns whether there was anything.
+
+        Vectors in memory are kept, except that after another process' compaction all are read again at the next use.
+        """
+        with self._lock:
+            view = self._seen
+            with connect(self.folder) as connection:
+                if read_generation(connection) == view.generation:
+                    return False
+                contents = read_contents(connection)
+            self._view = View.of(contents, view)
+            return True
+
+    def close(self) -> None:
+        """Forgets everything in memory; arrays that were handed out stay valid. Closing twice does no harm."""
+        with self._lock:
+            self._view = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def search(
         self,
@@ -204,10 +265,12 @@ class Corpus:
         """The k best videos for each query (B, D): ids, best first, and scores (B, k) float32.
 
         `exclude` holds, for each query, ids not to return; ids that are not in the corpus do no harm. Where fewer than
-        k remain a list is shorter and its scores end in -inf. Ties go to the video added first.
-        Raises CorpusError for a query of another dimension.
+        k remain a list is shorter and its scores end in -inf; a query with a NaN finds nothing. Ties go to the video added
+        first. Raises CorpusError for a query of another dimension, ValueError for k above 2048.
         """
         queries = torch.as_tensor(query).cpu()
+        if queries.dtype == torch.float64:
+            queries = queries.float()
         if queries.ndim != 2:
             raise ValueError(f"query must have shape (B, {self.dimension}), got {tuple(queries.shape)}")
         if queries.shape[1] != self.dimension:
@@ -218,23 +281,53 @@ class Corpus:
         if exclude is not None and len(exclude) != len(queries):
             raise ValueError(f"exclude must list ids for each of the {len(queries)} queries, got {len(exclude)} lists")
         view, matrix = self._gathered()
-        rows = None if exclude is None else _excluded(view, exclude, len(matrix))
+        rows = None if exclude is None else view.excluded(exclude, len(matrix))
         found = scan(queries, matrix, k=k, exclude=rows, backend=backend)
         ids = [[view.ids[row] for row in best if row >= 0] for best in found.ids.tolist()]
         return ids, found.scores
 
     def matrix(self) -> CorpusMatrix:
-        """All live vectors (N, D) in row order, in memory; read at the first use and kept until the corpus changes."""
+        """All live vectors (N, D) in row order, in memory; read at the first use and kept until the corpus changes.
+
+        It shares its memory with torch (`.rows`) and whatever speaks DLPack (`cupy.from_dlpack(matrix)` once it is on a
+        GPU: `.to`). Neither can be told not to write: writing changes what is searched, never what is on disk.
+        """
         return self._gathered()[1]
+
+    def numpy(self) -> np.ndarray:
+        """All live vectors (N, D) in row order as a read-only array that shares the memory of `matrix()`.
+
+        Raises TypeError for a bfloat16 corpus: NumPy has no such dtype.
+        """
+        rows = self.matrix().rows
+        if rows.dtype == torch.bfloat16:
+            raise TypeError(
+                f"corpus '{self.folder}' is bfloat16, which NumPy lacks: use corpus.matrix().rows.float().numpy() for a "
+                "float32 copy, corpus.matrix().rows.view(torch.uint16).numpy() for the bits"
+            )
+        view = rows.numpy()
+        view.flags.writeable = False
+        return view
+
+    def export_faiss(self, path: str | Path) -> Path:
+        """Writes a faiss.IndexFlatIP (float32) of all vectors to `path`, and the video ids in its order, a JSON list, to
+        `path` + ".ids.json", which is returned. Raises BackendUnavailable without FAISS."""
+        view, matrix = self._gathered()
+        return exchange.to_faiss(Path(path), matrix, view.ids[: len(matrix)])
+
+    def export_prepared(self, npy_path: str | Path, docid2row_path: str | Path) -> None:
+        """Writes all vectors to an .npy file, float16 or (also from bfloat16) float32, and {video id: row} as JSON."""
+        view, matrix = self._gathered()
+        exchange.to_prepared(Path(npy_path), Path(docid2row_path), matrix, view.ids[: len(matrix)])
 
     @property
     def video_ids(self) -> list[str]:
         """Ids in row order."""
-        return list(self._view.ids)
+        return list(self._seen.ids)
 
     def row(self, video_id: str) -> int:
         """The row of a video in `matrix()`."""
-        return self._row(self._view, video_id)
+        return self._row(self._seen, video_id)
 
     def path(self, video_id: str) -> Path:
         """Where the video's file lies. Raises CorpusError if that was not said when it was added."""
@@ -251,29 +344,42 @@ class Corpus:
         return self._video(video_id).duration
 
     def __len__(self) -> int:
-        return len(self._view.ids)
+        return len(self._seen.ids)
 
     def __contains__(self, video_id: object) -> bool:
-        return video_id in self._view.row_of
+        return video_id in self._seen.row_of
 
     def __repr__(self) -> str:
-        return f"Corpus('{self.folder}', {len(self)} videos, {self.dimension}-d, embedder '{self.embedder_id}')"
+        count = "closed" if self._view is None else f"{len(self)} videos"
+        return f"Corpus('{self.folder}', {count}, {self.dimension}-d, embedder '{self.embedder_id}')"
 
     def _video(self, video_id: str) -> Video:
-        view = self._view
+        view = self._seen
         return view.videos[self._row(view, video_id)]
 
-    def _row(self, view: _View, video_id: str) -> int:
+    def _row(self, view: View, video_id: str) -> int:
         if video_id not in view.row_of:
             raise CorpusError(f"corpus '{self.folder}' holds no video '{video_id}'")
         return view.row_of[video_id]
 
-    def _current(self, connection: Any) -> _View:
-        """How a write begins: the view, read again if another process has committed since, and no leftovers beside it."""
-        if read_generation(connection) != self._view.generation:
-            self._view = _View.of(read_contents(connection))
-        remove_leftovers(self.folder / _VECTORS, {segment.file for segment in self._view.segments.values()})
-        return self._view
+    @property
+    def _seen(self) -> View:
+        """The view; raises where `close` took it away."""
+        view = self._view
+        if view is None:
+            raise CorpusError(f"corpus '{self.folder}' is closed: open it again with Corpus.open")
+        return view
+
+    @contextmanager
+    def _writing(self) -> Iterator[tuple[sqlite3.Connection, View]]:
+        """A write transaction, and the view it begins from: read again if another process has committed since, and with
+        no leftovers beside it."""
+        view = self._seen
+        with connect(self.folder, write=True) as connection:
+            if read_generation(connection) != view.generation:
+                self._view = view = View.of(read_contents(connection), view)
+            remove_leftovers(self.folder / VECTORS, {segment.file for segment in view.segments.values()})
+            yield connection, view
 
     def _checked(self, ids: Sequence[str], vectors: torch.Tensor) -> torch.Tensor:
         """Vectors as they will be stored: on the CPU, in the corpus' dtype, owned and finite."""
@@ -284,44 +390,31 @@ class Corpus:
                 f"corpus '{self.folder}' holds {self.dimension}-d vectors, the new ones have {vectors.shape[1]}: were "
                 f"they made by '{self.embedder_id}'?"
             )
-        if not vectors.is_floating_point():
-            raise TypeError(f"vectors must be floating point, got {vectors.dtype}")
-        stored = vectors.detach().to("cpu", self.dtype)
-        bad = (~stored.isfinite().all(dim=1)).nonzero().flatten()
-        if len(bad):
-            raise CorpusError(
-                f"the vector of video '{ids[int(bad[0])]}' is not finite in {self.dtype} ({len(bad)} such of "
-                f"{len(ids)}): embed it again, or leave it out"
-            )
-        return stored
+        return storable(ids, vectors, self.dtype)
 
-    def _gathered(self) -> tuple[_View, CorpusMatrix]:
+    def _gathered(self) -> tuple[View, CorpusMatrix]:
         """The view and the matrix of all its rows; only rows that were added since the last time are read."""
         with self._lock:
-            view = self._view
-            known = 0 if view.matrix is None else len(view.matrix)
-            if view.matrix is None or known < len(view.ids):
-                rows = torch.empty(len(view.ids), self.dimension, dtype=self.dtype)
-                if view.matrix is not None:
-                    rows[:known] = view.matrix.rows
-                for number, group in groupby(view.videos[known:], key=lambda video: video.segment):
-                    positions = [video.position for video in group]
-                    rows[known : known + len(positions)] = self._read(view.segments[number])[positions]
-                    known += len(positions)
-                view.matrix = CorpusMatrix(rows)
-            return view, view.matrix
+            while True:
+                view = self._seen
+                try:
+                    return view, self._gather(view)
+                except SegmentMissing:
+                    if not self.refresh():  # no compaction moved it
+                        raise
+
+    def _gather(self, view: View) -> CorpusMatrix:
+        known = 0 if view.matrix is None else len(view.matrix)
+        if view.matrix is None or known < len(view.ids):
+            rows = torch.empty(len(view.ids), self.dimension, dtype=self.dtype)
+            if view.matrix is not None:
+                rows[:known] = view.matrix.rows
+            gather(view.videos[known:], lambda number: self._read(view.segments[number]), rows[known:])
+            view.matrix = CorpusMatrix(rows)
+        return view.matrix
 
     def _read(self, segment: Segment) -> torch.Tensor:
         verify = segment.number not in self._verified
-        vectors = read_segment(self.folder / _VECTORS, segment, self.dimension, self.dtype, verify)
+        vectors = read_segment(self.folder / VECTORS, segment, self.dimension, self.dtype, verify)
         self._verified.add(segment.number)
         return vectors
-
-
-def _excluded(view: _View, exclude: Sequence[Collection[str]], count: int) -> torch.Tensor | None:
-    """Lists of ids as rows (B, E) int64, padded with -1; None if none of them is among the first `count` rows."""
-    rows = [[row for video_id in ids if (row := view.row_of.get(video_id, count)) < count] for ids in exclude]
-    width = max((len(r) for r in rows), default=0)
-    if width == 0:
-        return None
-    return torch.tensor([[*r, *[-1] * (width - len(r))] for r in rows], dtype=torch.int64)

@@ -77,6 +77,14 @@ class CorpusMatrix:
         """Where the rows lie; queries must lie there too."""
         return self.rows.device
 
+    def __dlpack__(self, **options: Any) -> Any:
+        """The rows for any library that speaks DLPack (`np.from_dlpack(matrix)`, `cupy.from_dlpack(matrix)`), uncopied."""
+        return self.rows.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        """Where the rows lie, in DLPack's numbers."""
+        return self.rows.__dlpack_device__()
+
     def to(self, device: torch.device) -> CorpusMatrix:
         """The same rows on `device`; this matrix itself, uncopied, if it lies there."""
         if device == self.device:
