@@ -47,6 +47,17 @@ def test_search_ranks_by_inner_product_and_excludes(corpus: Corpus) -> None:
     assert ids == [names[order[0, 1:3]].tolist(), names[order[1, :2]].tolist()]
 
 
+def test_search_by_int8_codes_finds_the_same(corpus: Corpus) -> None:
+    query = unit(4, seed=2)
+    for change in (lambda: None, lambda: corpus.add(["f"], unit(1, seed=8)), lambda: corpus.delete(["b"])):
+        change()
+        ids, scores = corpus.search(query, 3, exclude=[["a"], [], [], []], int8=True)
+        wanted_ids, wanted = corpus.search(query, 3, exclude=[["a"], [], [], []])
+        assert ids == wanted_ids
+        torch.testing.assert_close(scores, wanted, rtol=1e-6, atol=1e-7)
+        assert corpus.matrix().quantized is not None
+
+
 def test_search_for_more_than_there_is(corpus: Corpus) -> None:
     ids, scores = corpus.search(unit(1), 7, exclude=[["a"]])
     assert sorted(ids[0]) == ["b", "c", "d", "e"]

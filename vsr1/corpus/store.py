@@ -260,13 +260,16 @@ class Corpus:
         k: int,
         *,
         exclude: Sequence[Collection[str]] | None = None,
+        int8: bool = False,
         backend: str = "auto",
     ) -> tuple[list[list[str]], torch.Tensor]:
         """The k best videos for each query (B, D): ids, best first, and scores (B, k) float32.
 
         `exclude` holds, for each query, ids not to return; ids that are not in the corpus do no harm. Where fewer than
         k remain a list is shorter and its scores end in -inf; a query with a NaN finds nothing. Ties go to the video added
-        first. Raises CorpusError for a query of another dimension, ValueError for k above 2048.
+        first. With `int8` the vectors' int8 codes are swept (`CorpusMatrix.quantize`), which are made when they are first
+        needed after a change: less to read, and the order is that of float64 scores.
+        Raises CorpusError for a query of another dimension, ValueError for k above 2048.
         """
         queries = torch.as_tensor(query).cpu()
         if queries.dtype == torch.float64:
@@ -280,9 +283,9 @@ class Corpus:
             )
         if exclude is not None and len(exclude) != len(queries):
             raise ValueError(f"exclude must list ids for each of the {len(queries)} queries, got {len(exclude)} lists")
-        view, matrix = self._gathered()
+        view, matrix = self._gathered(int8)
         rows = None if exclude is None else view.excluded(exclude, len(matrix))
-        found = scan(queries, matrix, k=k, exclude=rows, backend=backend)
+        found = scan(queries, matrix if int8 else matrix.rows, k=k, exclude=rows, backend=backend)
         ids = [[view.ids[row] for row in best if row >= 0] for best in found.ids.tolist()]
         return ids, found.scores
 
@@ -392,18 +395,18 @@ class Corpus:
             )
         return storable(ids, vectors, self.dtype)
 
-    def _gathered(self) -> tuple[View, CorpusMatrix]:
+    def _gathered(self, quantized: bool = False) -> tuple[View, CorpusMatrix]:
         """The view and the matrix of all its rows; only rows that were added since the last time are read."""
         with self._lock:
             while True:
                 view = self._seen
                 try:
-                    return view, self._gather(view)
+                    return view, self._gather(view, quantized)
                 except SegmentMissing:
                     if not self.refresh():  # no compaction moved it
                         raise
 
-    def _gather(self, view: View) -> CorpusMatrix:
+    def _gather(self, view: View, quantized: bool) -> CorpusMatrix:
         known = 0 if view.matrix is None else len(view.matrix)
         if view.matrix is None or known < len(view.ids):
             rows = torch.empty(len(view.ids), self.dimension, dtype=self.dtype)
@@ -411,6 +414,8 @@ class Corpus:
                 rows[:known] = view.matrix.rows
             gather(view.videos[known:], lambda number: self._read(view.segments[number]), rows[known:])
             view.matrix = CorpusMatrix(rows)
+        if quantized and view.matrix.quantized is None:
+            view.matrix = view.matrix.quantize()
         return view.matrix
 
     def _read(self, segment: Segment) -> torch.Tensor:
