@@ -26,13 +26,17 @@ NEGATIVE_INFINITY = float("-inf")
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op(
+# Not torch.library.custom_op, whose first call imports torch._dynamo: two seconds of everybody's first search.
+torch.library.define(
     "vsr1::corpus_scan",
-    mutates_args=(),
-    schema="(Tensor query, Tensor rows, int k, Tensor? positive, float? temperature, bool expected, Tensor? exclude, "
+    "(Tensor query, Tensor rows, int k, Tensor? positive, float? temperature, bool expected, Tensor? exclude, "
     "Tensor? candidates, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def corpus_scan(
+corpus_scan = torch.ops.vsr1.corpus_scan.default
+
+
+@torch.library.impl("vsr1::corpus_scan", "default")
+def _sweep(
     query: Tensor,
     rows: Tensor,
     k: int,
@@ -60,7 +64,7 @@ def corpus_scan(
     return _IMPLEMENTATIONS[name](query, rows, k, positive, temperature, expected, exclude, candidates)
 
 
-@corpus_scan.register_fake
+@torch.library.register_fake("vsr1::corpus_scan")
 def _(
     query: Tensor,
     rows: Tensor,
@@ -123,7 +127,7 @@ def _query_gradient(
     return gradient.to(ctx.query_dtype), None, None, None, None, None, None, None, None
 
 
-corpus_scan.register_autograd(_query_gradient, setup_context=_remember)
+torch.library.register_autograd("vsr1::corpus_scan", _query_gradient, setup_context=_remember)
 
 
 def usable_rows(name: str, ids: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -21,13 +21,16 @@ from vsr1.ops._dispatch import Backend, cpu_only, extension_missing, register, r
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op(
+torch.library.define(
     "vsr1::corpus_scan_int8",
-    mutates_args=(),
-    schema="(Tensor query, Tensor rows, Tensor codes, Tensor scales, Tensor residuals, int k, Tensor? exclude, "
+    "(Tensor query, Tensor rows, Tensor codes, Tensor scales, Tensor residuals, int k, Tensor? exclude, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def corpus_scan_int8(
+corpus_scan_int8 = torch.ops.vsr1.corpus_scan_int8.default
+
+
+@torch.library.impl("vsr1::corpus_scan_int8", "default")
+def _sweep(
     query: Tensor,
     rows: Tensor,
     codes: Tensor,
@@ -43,7 +46,7 @@ def corpus_scan_int8(
     return _IMPLEMENTATIONS[name](query, rows, codes, scales, residuals, k, exclude)
 
 
-@corpus_scan_int8.register_fake
+@torch.library.register_fake("vsr1::corpus_scan_int8")
 def _(
     query: Tensor,
     rows: Tensor,
@@ -75,7 +78,7 @@ def _query_gradient(ctx: Any, scores: Tensor | None, *_: None) -> tuple[Tensor |
     return gradient.to(ctx.query_dtype), None, None, None, None, None, None, None
 
 
-corpus_scan_int8.register_autograd(_query_gradient, setup_context=_remember)
+torch.library.register_autograd("vsr1::corpus_scan_int8", _query_gradient, setup_context=_remember)
 
 
 def _new_outputs(query: Tensor, k: int) -> Outputs:
