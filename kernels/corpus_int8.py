@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vsr1.kernels.corpus_exact import LOWEST, exact_top
-from vsr1.kernels.corpus_scan import bulk_serves, bulk_tile_scores, group_size, tile_scores
+from vsr1.kernels.corpus_scan import bulk_serves, bulk_tile_scores, group_size, own_tile, tile_scores
 
 TINY = tl.constexpr(1e-37)  # added to every bound: more than products of subnormal numbers lose
 HIGHEST = tl.constexpr(1.7014118346046923e38)  # 2^127: the range of estimates, in which their low bits are free
@@ -86,11 +86,7 @@ def int8_sweep_kernel(
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """best float32 and bounds int32 (B, groups), rows group_stride apart."""
-    query_tiles = tl.cdiv(B, BLOCK_B)
-    tile = tl.program_id(0) // query_tiles
-    first_query = (tl.program_id(0) % query_tiles) * BLOCK_B
-    o_b = first_query + tl.arange(0, BLOCK_B).to(tl.int64)
-    o_row = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, first_query, o_b, o_row = own_tile(0, B, BLOCK_B, BLOCK_N)
     m_b = o_b < B
     m_row = o_row < N
     if BULK:

@@ -65,6 +65,17 @@ def bulk_tile_scores(
     return b_scores
 
 
+@triton.jit
+def own_tile(first_tile, B, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's row tile, first query, queries and rows (int64): the query tile is the fastest axis of the grid."""
+    query_tiles = tl.cdiv(B, BLOCK_B)
+    tile = first_tile + tl.program_id(0) // query_tiles
+    first_query = (tl.program_id(0) % query_tiles) * BLOCK_B
+    o_b = first_query + tl.arange(0, BLOCK_B).to(tl.int64)
+    o_row = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tile, first_query, o_b, o_row
+
+
 @triton.jit(do_not_specialize=["first_tile", "N", "B", "E", "groups", "chunk"])
 def sweep_kernel(
     query, rows, exclude, positive, bar, maxima, runner_up, nan_count, greater, peak, mass, weights, chunk_peak, unclean,
@@ -78,11 +89,7 @@ def sweep_kernel(
     exp((score - peak) / temperature), with chunk_peak and unclean (chunks, ...), raised to the highest peak and to 1 where a
     score is not finite.
     """
-    query_tiles = tl.cdiv(B, BLOCK_B)
-    tile = first_tile + tl.program_id(0) // query_tiles
-    first_query = (tl.program_id(0) % query_tiles) * BLOCK_B
-    o_b = first_query + tl.arange(0, BLOCK_B).to(tl.int64)
-    o_row = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, first_query, o_b, o_row = own_tile(first_tile, B, BLOCK_B, BLOCK_N)
     m_b = o_b < B
     m_row = o_row < N
     if BULK:
