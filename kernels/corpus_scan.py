@@ -48,7 +48,7 @@ def tile_scores(
         if UPCAST:
             b_query = b_query.to(tl.float32)
             b_rows = b_rows.to(tl.float32)
-        b_scores = tl.dot(b_query, b_rows, b_scores, input_precision="ieee")
+        b_scores = tl.dot(b_query, b_rows, b_scores, input_precision="ieee", out_dtype=b_scores.dtype)
     return b_scores
 
 
@@ -61,7 +61,7 @@ def bulk_tile_scores(
     for start in range(0, D, BLOCK_D):
         b_query = query.load([first_query, start])
         b_rows = rows.load([first_row, start])
-        b_scores = tl.dot(b_query, b_rows.T, b_scores)
+        b_scores = tl.dot(b_query, b_rows.T, b_scores, out_dtype=b_scores.dtype)
     return b_scores
 
 
