@@ -15,8 +15,8 @@ low bits; and two bounds, rounded up to bfloat16: that of this row, and the high
 turns them into the exact top k.
 
 The planes are stacked as rows of one matrix, eight queries of one plane, then the same eight of the other: the two products of a
-query lie in one thread's registers. The sweep is bound by reading the codes up to 64 queries, above by fetching the planes from
-the L2 cache.
+query lie in one thread's registers. Counted in bytes, reading the codes takes longest up to 64 queries; for 128 it is fetching
+codes and planes from the L2 cache, three times the codes' size.
 """
 
 from __future__ import annotations

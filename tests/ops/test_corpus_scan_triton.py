@@ -274,7 +274,6 @@ def compiled(kernel: str, dtype: str, count: int, cap: int) -> tuple[dict[str, i
 )
 def test_compiles_for_gpus_without_spills(kernel: str, dtype: str, count: int, cap: int) -> None:
     used, capped = compiled(kernel, dtype, count, cap)
-    # A cap on registers that lets a second program in may spill behind the product, once a tile; the selection's loop, whose
-    # time is its reductions', keeps 16 bytes in memory with some versions of Triton.
-    assert used["spills"] <= (1024 if capped else 16 if kernel == "select" else 0)
+    # A cap on registers that lets a second program in may spill behind the product, once a tile.
+    assert used["spills"] <= (1024 if capped else 0)
     assert used["shared"] <= SHARED_MEMORY[cap]
