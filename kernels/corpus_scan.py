@@ -30,12 +30,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
-def _tile_scores(
+def tile_scores(
     query, rows, o_b, o_row, m_b, m_row, D, query_stride, row_stride,
     UPCAST: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """b_scores (BLOCK_B, BLOCK_N) float32 of the queries o_b and the rows o_row (int64)."""
-    b_scores = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    """b_scores (BLOCK_B, BLOCK_N) of the queries o_b and the rows o_row (int64): float32, of int8 matrices int32."""
+    b_scores = tl.zeros((BLOCK_B, BLOCK_N), tl.int32 if rows.dtype.element_ty == tl.int8 else tl.float32)
     for start in range(0, D, BLOCK_D):
         o_d = start + tl.arange(0, BLOCK_D)
         m_d = o_d < D
@@ -48,21 +48,32 @@ def _tile_scores(
         if UPCAST:
             b_query = b_query.to(tl.float32)
             b_rows = b_rows.to(tl.float32)
-        b_scores = tl.dot(b_query, b_rows, b_scores, input_precision="ieee")
+        b_scores = tl.dot(b_query, b_rows, b_scores, input_precision="ieee", out_dtype=b_scores.dtype)
     return b_scores
 
 
 @triton.jit
-def _bulk_tile_scores(
+def bulk_tile_scores(
     query, rows, first_query, first_row, D, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """The same of consecutive queries and rows, through Hopper's copy engine: query and rows are tensor descriptors."""
-    b_scores = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    b_scores = tl.zeros((BLOCK_B, BLOCK_N), tl.int32 if rows.dtype == tl.int8 else tl.float32)
     for start in range(0, D, BLOCK_D):
         b_query = query.load([first_query, start])
         b_rows = rows.load([first_row, start])
-        b_scores = tl.dot(b_query, b_rows.T, b_scores)
+        b_scores = tl.dot(b_query, b_rows.T, b_scores, out_dtype=b_scores.dtype)
     return b_scores
+
+
+@triton.jit
+def own_tile(first_tile, B, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program's row tile, first query, queries and rows (int64): the query tile is the fastest axis of the grid."""
+    query_tiles = tl.cdiv(B, BLOCK_B)
+    tile = first_tile + tl.program_id(0) // query_tiles
+    first_query = (tl.program_id(0) % query_tiles) * BLOCK_B
+    o_b = first_query + tl.arange(0, BLOCK_B).to(tl.int64)
+    o_row = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tile, first_query, o_b, o_row
 
 
 @triton.jit(do_not_specialize=["first_tile", "N", "B", "E", "groups", "chunk"])
@@ -78,17 +89,13 @@ def sweep_kernel(
     exp((score - peak) / temperature), with chunk_peak and unclean (chunks, ...), raised to the highest peak and to 1 where a
     score is not finite.
     """
-    query_tiles = tl.cdiv(B, BLOCK_B)
-    tile = first_tile + tl.program_id(0) // query_tiles
-    first_query = (tl.program_id(0) % query_tiles) * BLOCK_B
-    o_b = first_query + tl.arange(0, BLOCK_B).to(tl.int64)
-    o_row = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, first_query, o_b, o_row = own_tile(first_tile, B, BLOCK_B, BLOCK_N)
     m_b = o_b < B
     m_row = o_row < N
     if BULK:
-        b_scores = _bulk_tile_scores(query, rows, first_query, tile * BLOCK_N, D, BLOCK_B, BLOCK_N, BLOCK_D)
+        b_scores = bulk_tile_scores(query, rows, first_query, tile * BLOCK_N, D, BLOCK_B, BLOCK_N, BLOCK_D)
     else:
-        b_scores = _tile_scores(
+        b_scores = tile_scores(
             query, rows, o_b, o_row, m_b, m_row, D, query_stride, row_stride, UPCAST, BLOCK_B, BLOCK_N, BLOCK_D
         )
     if weights is not None:
@@ -146,7 +153,7 @@ def positive_kernel(
     m_b = o_b < B
     o_query = tl.program_id(0) * BLOCK_B + o_column
     b_row = tl.load(positive + o_query, mask=(o_column < BLOCK_B) & (o_query < B), other=-1)
-    b_scores = _tile_scores(
+    b_scores = tile_scores(
         query, rows, o_b, b_row, m_b, b_row >= 0, D, query_stride, row_stride, UPCAST, BLOCK_B, BLOCK_N, BLOCK_D
     )
     m_own = tl.arange(0, BLOCK_B)[:, None] == o_column[None, :]
@@ -155,24 +162,31 @@ def positive_kernel(
     tl.store(scores + o_b, tl.where(known, b_own, float("nan")), mask=m_b)
 
 
-@triton.jit(do_not_specialize=["width", "k", "chunks"])
-def select_kernel(values, ids, best, best_ids, width, k, chunks, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["width", "stride", "k", "chunks"])
+def select_kernel(
+    values, ids, wanted, best, best_ids, width, stride, k, chunks, KEY: tl.constexpr, BLOCK: tl.constexpr
+):
     """best, best_ids (B, chunks, k): of each BLOCK columns of values (B, width) the k highest, equal ones in column order.
 
-    They keep the order of the columns; -inf and -1 fill up. ids (B, width) names the columns, None means their numbers.
+    They keep the order of the columns; -inf and -1 fill up. ids (B, width) names the columns, None means their numbers. wanted
+    (B,) is 0 where nothing is to be done. KEY is the integer type as wide as values.
     """
     b = (tl.program_id(0) // chunks).to(tl.int64)
+    if wanted is not None:  # noqa: SIM102 (a compile-time choice)
+        if tl.load(wanted + b) == 0:
+            return
     o_column = (tl.program_id(0) % chunks) * BLOCK + tl.arange(0, BLOCK)
     m_column = o_column < width
-    b_values = tl.load(values + b * width + o_column, mask=m_column, other=float("-inf"))
-    bits = tl.where(b_values == 0.0, 0.0, b_values).to(tl.int32, bitcast=True)  # -0.0 equals 0.0
-    b_keys = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the values
+    b_values = tl.load(values + b * stride + o_column, mask=m_column, other=float("-inf"))
+    bits = tl.where(b_values == 0.0, 0.0, b_values).to(KEY, bitcast=True)  # -0.0 equals 0.0
+    highest_bit: tl.constexpr = KEY.primitive_bitwidth - 2
+    b_keys = tl.where(bits < 0, bits ^ ((1 << (highest_bit + 1)) - 1), bits)  # integers in the order of the values
     # The k-th highest key, bit by bit: the largest number that at least k keys reach; any that exactly k reach will do.
     reached = tl.sum((b_keys >= 0).to(tl.int32))
-    bar = tl.where(reached >= k, 0, -2147483648)
-    bit = 30
+    bar = tl.where(reached >= k, 0, -(1 << (highest_bit + 1))).to(KEY)
+    bit = highest_bit
     while (bit >= 0) & (reached != k):
-        trial = bar | (1 << bit)
+        trial = bar | (tl.full((), 1, KEY) << bit)
         count = tl.sum((b_keys >= trial).to(tl.int32))
         bar = tl.where(count >= k, trial, bar)
         reached = tl.where(count >= k, count, reached)
@@ -270,7 +284,7 @@ def select_block(k: int) -> int:
     return 2048 if k <= 1024 else 4096
 
 
-def _bulk_serves(*matrices: Tensor) -> bool:
+def bulk_serves(*matrices: Tensor) -> bool:
     """Whether the copy engine takes these: Hopper or newer, rows that begin at multiples of 16 bytes."""
     return all(
         matrix.is_cuda
@@ -316,7 +330,7 @@ def sweep(
     """
     B, D = query.shape
     N = rows.shape[0]
-    bulk = query.dtype == rows.dtype != torch.float32 and _bulk_serves(query, rows)
+    bulk = query.dtype == rows.dtype != torch.float32 and bulk_serves(query, rows)
     options = blocks(query, rows, bulk, lean=exclude is None and positive is None and temperature is None)
     block_rows, group = options["BLOCK_N"], group_size(B)
     tiles, groups = triton.cdiv(N, block_rows), triton.cdiv(N, group)
@@ -365,20 +379,24 @@ def positive_scores(query: Tensor, rows: Tensor, positive: Tensor) -> Tensor:
     return scores
 
 
-def select(values: Tensor, ids: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """The k highest columns of values (B, width) in column order: values (B, k) float32 and their ids (B, k) int64.
+def select(values: Tensor, ids: Tensor | None, k: int, wanted: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The k highest columns of values (B, width) in column order: values (B, k) and their ids (B, k) int64.
 
-    Of equal columns the first ones; -inf is never taken; -inf and -1 fill up. ids (B, width) int64 or None for column
-    numbers.
+    values are float32 or float64. Of equal columns the first ones; -inf is never taken; -inf and -1 fill up. ids (B, width) int64
+    or None for column numbers. wanted (B,) integers or None: what is returned for a query with 0 is undefined.
     """
     block = select_block(k)
+    key = tl.int64 if values.dtype == torch.float64 else tl.int32
     while True:
         B, width = values.shape
         chunks = max(1, triton.cdiv(width, block))
-        best = torch.empty((B, chunks * k), dtype=torch.float32, device=values.device)
+        best = torch.empty((B, chunks * k), dtype=values.dtype, device=values.device)
         best_ids = torch.empty((B, chunks * k), dtype=torch.int64, device=values.device)
         if best.numel():
-            select_kernel[(B * chunks,)](values, ids, best, best_ids, width, k, chunks, BLOCK=block, num_warps=4)
+            select_kernel[(B * chunks,)](
+                values, ids, wanted, best, best_ids, width, values.stride(0), k, chunks,
+                KEY=key, BLOCK=block, num_warps=4,
+            )  # fmt: skip
         if chunks == 1 or k == 0:
             return best[:, :k], best_ids[:, :k]
         values, ids = best, best_ids

@@ -1,16 +1,8 @@
-"""The Triton sweep: against the reference on a GPU or, without one, in Triton's interpreter; and what ptxas makes of it.
-
-TRITON_INTERPRET is read when a kernel is decorated, so without a GPU this file runs itself again in a process that has it set.
-"""
+"""The Triton sweep: against the reference on a GPU or, without one, in Triton's interpreter; and what ptxas makes of it."""
 
 from __future__ import annotations
 
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,19 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.kernels import DEVICE, INTERPRETED, SHARED_MEMORY, compile_ahead, compiles, interprets, run_interpreted, runs
 from vsr1.errors import BackendUnavailable
 from vsr1.ops import last_backend
 from vsr1.ops._corpus_cuda import library_missing
 from vsr1.ops.corpus_scan import ScanResult, info_nce, scan
 
-triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("vsr1.kernels.corpus_scan", reason="vsr1 is not installed: pip install -e .")
 expected = pytest.importorskip("vsr1.kernels.corpus_expected")
-
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
-compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 PAIRS = [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float16)]
 if DEVICE == "cuda":
@@ -50,20 +38,9 @@ def both(query: Tensor, rows: Tensor, **options: Any) -> tuple[ScanResult, ScanR
     return found, scan(query, rows, backend="reference", **options)
 
 
-@compiles
-@pytest.mark.skipif(DEVICE == "cuda", reason="the tests run on the GPU itself")
+@interprets
 def test_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 @runs
@@ -235,8 +212,8 @@ def test_it_says_what_it_cannot_do() -> None:
 
 INT32_ARRAYS = {"greater", "nan_count", "runner_up", "unclean"}
 INT64_ARRAYS = {"exclude", "positive", "ids", "group_ids", "best_ids"}
-SIZES = {"N", "B", "D", "E", "groups", "chosen", "width", "k", "chunks", "chunk", "splits", "count", "first_row", "first_tile",
-         "query_stride", "row_stride", "weight_stride"}  # fmt: skip
+SIZES = {"N", "B", "D", "E", "groups", "chosen", "width", "stride", "k", "chunks", "chunk", "splits", "count", "first_row",
+         "first_tile", "query_stride", "row_stride", "weight_stride"}  # fmt: skip
 OPTIONAL = ("exclude", "positive", "bar", "greater", "peak", "mass", "weights", "chunk_peak", "unclean")
 TILES = {("sweep", "query"): "BD", ("sweep", "rows"): "ND", ("expected", "weights"): "BN", ("expected", "rows"): "ND"}
 ALIGNED = {"D", "query_stride", "row_stride", "weight_stride"}
@@ -255,12 +232,8 @@ COMPILED = [
 ]
 
 
-def compile_ahead(kernel: str, dtype: str, count: int, cap: int) -> dict[str, int]:
-    """Registers' spills and shared memory of a kernel for sm_<cap>, by the ptxas that Triton itself would take."""
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import get_ptxas
-    from triton.compiler import ASTSource
-
+def compiled(kernel: str, dtype: str, count: int, cap: int) -> tuple[dict[str, int], bool]:
+    """What `compile_ahead` says of a kernel for `count` queries, and whether its registers are capped."""
     variant, _, kernel = kernel.rpartition("-")
     bulk, lean = variant in ("bulk", "lean"), variant == "lean"
     function = getattr(expected if kernel == "expected" else kernels, f"{kernel}_kernel")
@@ -270,7 +243,13 @@ def compile_ahead(kernel: str, dtype: str, count: int, cap: int) -> dict[str, in
     options = {
         "expected": expected.blocks(count, dtype == "fp32", bulk),
         "gather": {"BLOCK_D": 1024, "num_warps": 4, "num_stages": 3},
-        "select": {"BLOCK": kernels.select_block(2048), "num_warps": 4, "num_stages": 3},
+        "select": {
+            "KEY": tl.int32,
+            "BLOCK": kernels.select_block(2048),
+            "wanted": None,
+            "num_warps": 4,
+            "num_stages": 3,
+        },
     }.get(kernel, sweeping)
     constants: dict[str, Any] = {
         "BULK": bulk,
@@ -280,46 +259,13 @@ def compile_ahead(kernel: str, dtype: str, count: int, cap: int) -> dict[str, in
     }
     if lean:
         constants |= dict.fromkeys(OPTIONAL)
-    launch = {name: constants.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
-    signature: dict[str, str] = {}
-    for name in function.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif bulk and (kernel, name) in TILES:
-            tile = [constants[f"BLOCK_{axis}"] for axis in TILES[kernel, name]]
-            signature[name] = f"tensordesc<{dtype}[{tile[0]}, {tile[1]}]>"
-        elif name in ("query", "rows", "weights"):
-            signature[name] = f"*{dtype}"
-        elif name in INT32_ARRAYS | INT64_ARRAYS:
-            signature[name] = "*i32" if name in INT32_ARRAYS else "*i64"
-        elif name == "temperature":
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32" if name in SIZES else "*fp32"
-    aligned = {
-        (position,): [["tt.divisibility", 16]]
-        for position, name in enumerate(function.arg_names)
-        if signature[name].startswith("*") or name in ALIGNED
-    }
-    source = ASTSource(
-        fn=function,
-        signature=signature,
-        constexprs={name: value for name, value in constants.items() if name in function.arg_names},
-        attrs=aligned,
-    )
-    built = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=launch)
-    arch = f"sm_{cap}a" if cap >= 90 else f"sm_{cap}"
-    done = subprocess.run(
-        [get_ptxas(cap).path, "-v", f"--gpu-name={arch}", "-", "-o", os.devnull],
-        input=built.asm["ptx"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    spills = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)]
-    assert spills
-    return {"spills": sum(spills), "shared": built.metadata.shared, "capped": "maxnreg" in launch}
+    types = {name: "i32" if name in SIZES else "*fp32" for name in function.arg_names}
+    types |= dict.fromkeys(("query", "rows", "weights"), f"*{dtype}")
+    types |= dict.fromkeys(INT32_ARRAYS, "*i32") | dict.fromkeys(INT64_ARRAYS, "*i64") | {"temperature": "fp32"}
+    for (owner, name), axes in TILES.items():
+        if bulk and owner == kernel:
+            types[name] = f"tensordesc<{dtype}[{constants[f'BLOCK_{axes[0]}']}, {constants[f'BLOCK_{axes[1]}']}]>"
+    return compile_ahead(function, constants, types, ALIGNED, cap), "maxnreg" in constants
 
 
 @compiles
@@ -327,8 +273,7 @@ def compile_ahead(kernel: str, dtype: str, count: int, cap: int) -> dict[str, in
     ("kernel", "dtype", "count", "cap"), COMPILED, ids=[f"{k}-{d}-B{b}-sm_{c}" for k, d, b, c in COMPILED]
 )
 def test_compiles_for_gpus_without_spills(kernel: str, dtype: str, count: int, cap: int) -> None:
-    used = compile_ahead(kernel, dtype, count, cap)
-    # A cap on registers that lets a second program in may spill behind the product, once a tile; the selection's loop, whose
-    # time is its reductions', keeps 16 bytes in memory with some versions of Triton.
-    assert used["spills"] <= (1024 if used["capped"] else 16 if kernel == "select" else 0)
-    assert used["shared"] <= {80: 163, 90: 227}[cap] * 1024
+    used, capped = compiled(kernel, dtype, count, cap)
+    # A cap on registers that lets a second program in may spill behind the product, once a tile.
+    assert used["spills"] <= (1024 if capped else 0)
+    assert used["shared"] <= SHARED_MEMORY[cap]

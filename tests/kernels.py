@@ -1,0 +1,80 @@
+"""What the tests of Triton kernels share: where they run, Triton's interpreter, and what ptxas says of a kernel.
+
+TRITON_INTERPRET is read when a kernel is decorated, so without a GPU a test file runs itself again in a process that has it set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
+runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
+compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+interprets = pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process itself")
+
+
+def run_interpreted(path: str) -> None:
+    """Fails unless the tests of this file pass in Triton's interpreter."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(Path(path))]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+
+
+def compile_ahead(
+    function: Any, constants: dict[str, Any], types: dict[str, str], aligned: set[str], cap: int
+) -> dict[str, int]:
+    """Bytes of registers' spills and of shared memory of a kernel for sm_<cap>, by the ptxas that Triton itself would take.
+
+    constants holds the constexpr arguments, None for arguments left out, and the launch options; types the types of the others;
+    aligned the numbers among them that are multiples of 16, as all addresses are.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.compiler import ASTSource
+
+    launch = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
+    signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(function.arg_names)
+        if signature[name].startswith("*") or (name in aligned and signature[name] != "constexpr")
+    }
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={name: value for name, value in constants.items() if name in function.arg_names},
+        attrs=attributes,
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", cap, 32), options=launch)
+    arch = f"sm_{cap}a" if cap >= 90 else f"sm_{cap}"
+    done = subprocess.run(
+        [get_ptxas(cap).path, "-v", f"--gpu-name={arch}", "-", "-o", os.devnull],
+        input=built.asm["ptx"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    spills = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)]
+    assert spills
+    return {"spills": sum(spills), "shared": built.metadata.shared}
