@@ -8,7 +8,16 @@ import pytest
 
 from vsr1.ops._dispatch import extension_missing
 
-PATHS = ["reference", "cpu-portable", "cpu-emulated", "cpu-avx2", "cpu-avx512", "cpu-avx512_vnni", "cpu-avx512_bf16", "cpu-amx"]
+PATHS = [
+    "reference",
+    "cpu-portable",
+    "cpu-emulated",
+    "cpu-avx2",
+    "cpu-avx512",
+    "cpu-avx512_vnni",
+    "cpu-avx512_bf16",
+    "cpu-amx",
+]
 
 
 @pytest.fixture(params=PATHS)

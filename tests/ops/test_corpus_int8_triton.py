@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.kernels import DEVICE, INTERPRETED, SHARED_MEMORY, compile_ahead, compiles, interprets, run_interpreted, runs
+from vsr1.ops import last_backend
+from vsr1.ops.corpus_scan import CorpusMatrix, scan
 
 tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("vsr1.kernels.corpus_int8", reason="vsr1 is not installed: pip install -e .")
@@ -33,15 +35,9 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def quantized(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """codes, scales and residuals: rows = scale x codes + rest, |rest| <= residual; NaN scales for rows that are not finite."""
-    values = rows.double()
-    sound = values.isfinite().all(dim=1)
-    scales = (values.abs().amax(dim=1) / 127).float().masked_fill(~sound, math.nan)
-    steps = scales.double()[:, None]
-    codes = (values / steps).nan_to_num(0.0, 0.0, 0.0).round().clamp(-127, 127)
-    rest = (values - steps * codes).norm(dim=1)
-    residuals = torch.nextafter(rest.float(), torch.tensor(math.inf, device=rows.device)).masked_fill(rest == 0, 0.0)
-    return codes.to(torch.int8), scales, residuals
+    parts = CorpusMatrix(rows).quantize().quantized
+    assert parts is not None
+    return parts.codes, parts.scales, parts.residuals
 
 
 def exact_scores(query: Tensor, rows: Tensor, exclude: Tensor | None) -> Tensor:
@@ -54,7 +50,17 @@ def exact_scores(query: Tensor, rows: Tensor, exclude: Tensor | None) -> Tensor:
 
 def checked(query: Tensor, rows: Tensor, k: int, exclude: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """rescored and fallbacks of a call whose scores, ids and nan_count are those of float64."""
-    scores, ids, nan_count, rescored, fallbacks = kernels.top_k(query, rows, *quantized(rows), k, exclude)
+    found = scan(query, CorpusMatrix(rows).quantize(), k=k, exclude=exclude, backend="triton")
+    assert last_backend() == "triton"
+    scores, ids, nan_count, rescored, fallbacks = (
+        found.scores,
+        found.ids,
+        found.nan_count,
+        found.rescored,
+        found.fallbacks,
+    )
+    assert rescored is not None
+    assert fallbacks is not None
     true = exact_scores(query, rows, exclude)
     assert nan_count.tolist() == true.isnan().sum(dim=1).tolist()
     order = true.masked_fill(true.isnan(), -math.inf).sort(dim=1, descending=True, stable=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vsr1.ops._corpus_backends import BLOCK_ELEMENTS, NEGATIVE_INFINITY, usable_rows
-from vsr1.ops._dispatch import Backend, cpu_only, extension_missing, register, resolve
+from vsr1.ops._dispatch import Backend, cpu_only, cuda_only, extension_missing, register, resolve, triton_missing
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -148,11 +148,31 @@ def _cpu(
     return outputs
 
 
+def _triton(
+    query: Tensor, rows: Tensor, codes: Tensor, scales: Tensor, residuals: Tensor, k: int, exclude: Tensor | None
+) -> Outputs:
+    """The sweep on a GPU (kernels/corpus_int8.py)."""
+    from vsr1.kernels.corpus_int8 import top_k
+
+    return top_k(query, rows, codes, scales, residuals, k, exclude)
+
+
 def _cpu_refuses(*, device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.float16:
         return "takes float32 and bfloat16 rows; these are float16"
     return cpu_only(device=device)
 
 
-_IMPLEMENTATIONS = {"cpu": _cpu, "reference": _reference}
-register("corpus_scan_int8", cpu=Backend(extension_missing, _cpu_refuses), reference=Backend())
+def _triton_refuses(*, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return "runs on CPU tensors in Triton's interpreter only, which computes bfloat16 wrongly"
+    return cuda_only(device=device)
+
+
+_IMPLEMENTATIONS = {"cpu": _cpu, "triton": _triton, "reference": _reference}
+register(
+    "corpus_scan_int8",
+    cpu=Backend(extension_missing, _cpu_refuses),
+    triton=Backend(triton_missing, _triton_refuses),
+    reference=Backend(),
+)
