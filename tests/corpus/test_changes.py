@@ -99,13 +99,13 @@ def test_a_segment_that_vanishes_between_catalogue_and_reading(corpus: Corpus, m
     expected, left = vectors_of(corpus), [3]
     real = Corpus._gather
 
-    def hurried(self: Corpus, view: object) -> object:
+    def hurried(self: Corpus, *arguments: object) -> object:
         if self is reader and left[0]:
             left[0] -= 1
             writer.add([f"x{left[0]}"], unit(1))
             writer.compact()
             writer.delete([f"x{left[0]}"])
-        return real(self, view)
+        return real(self, *arguments)
 
     monkeypatch.setattr(Corpus, "_gather", hurried)
     assert torch.equal(vectors_of(reader), expected)
