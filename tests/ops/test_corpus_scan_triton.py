@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from vsr1.errors import BackendUnavailable
 from vsr1.ops import last_backend
-from vsr1.ops._corpus_cuda import library_missing
+from vsr1.ops._cuda_code import missing
 from vsr1.ops.corpus_scan import ScanResult, info_nce, scan
 
 triton = pytest.importorskip("triton")
@@ -153,7 +153,7 @@ def test_select_takes_the_first_of_equals(width: int, k: int) -> None:
         assert found.tolist() == line[wanted].tolist() + [-math.inf] * (k - len(wanted))
 
 
-needs_cuda = pytest.mark.skipif(DEVICE == "cpu" or library_missing() is not None, reason=str(library_missing()))
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu" or missing() is not None, reason=str(missing()))
 
 
 @needs_cuda
