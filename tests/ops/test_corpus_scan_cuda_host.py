@@ -1,7 +1,7 @@
 """The CUDA C++ sweep without a GPU: its arithmetic function by function, and whole kernels with a fiber for every thread.
 
 g++ compiles csrc/cuda with tests/ops/cuda_emulation.h in place of the instructions that only a GPU has. What this cannot show is
-what those instructions do on the hardware, and time; what nvcc and NVRTC make of the sources is in test_corpus_scan_cuda_build.py.
+what those instructions do on the hardware, and time. What nvcc and NVRTC make of the sources: test_corpus_scan_cuda_build.py.
 """
 
 from __future__ import annotations
