@@ -15,12 +15,13 @@ from torch.nn import functional as F
 
 from bench.gpu import Measurement, milliseconds, replayed
 from vsr1.ops import last_backend
-from vsr1.ops.corpus_scan import info_nce, scan
+from vsr1.ops.corpus_scan import ScanResult, SoftQuery, info_nce, refine_and_scan, scan
 
-TESTS = ["tests/ops/test_corpus_scan_triton.py"]
+TESTS = ["tests/ops/test_corpus_scan_triton.py", "tests/ops/test_corpus_scan_cuda_build.py"]
 N, D = 1_000_000, 2048
 COUNTS = (1, 8, 16, 32, 64, 128, 512)  # queries
 TEMPERATURE = 0.07
+TOKENS = 8  # soft tokens of a query
 BLOCK = 50_000  # rows that are made or checked at a time
 
 
@@ -50,6 +51,28 @@ def measurements() -> Iterator[Measurement]:
             f"InfoNCE with gradient, B = {count}", replayed(ours), floor, backend=last_backend(), eager=milliseconds(ours),
             workspace_mib=workspace(ours), peers={"torch": milliseconds(plain)},
         )  # fmt: skip
+        if count <= 16:  # as many as the kernel refines
+            yield refining(query, rows, floor)
+
+
+def refining(query: Tensor, rows: Tensor, floor: float) -> Measurement:
+    """The soft-query update with top-10 and softmax, in one call and in two; both must give the same bits for one query."""
+    state = SoftQuery(query, F.normalize(torch.randn(len(query), TOKENS, D, device="cuda"), dim=2).bfloat16(), 0.5)
+    fused = partial(refine_and_scan, state, rows, k=10, temperature=TEMPERATURE)
+    made, found = fused()
+    backend = last_backend()
+    again = scan(made, rows, k=10, temperature=TEMPERATURE)
+    assert all(torch.equal(getattr(found, name), getattr(again, name)) for name in ("scores", "ids", "lse", "expected"))
+    assert (made.float() - state.query().float()).abs().max() <= 2.0**-7 * made.float().abs().max()
+    apart = partial(refine_apart, state, rows)
+    return Measurement(
+        f"refine_and_scan, {TOKENS} tokens, B = {len(query)}", replayed(fused), floor, backend=backend,
+        eager=milliseconds(fused), peers={"query(), scan(): graph": replayed(apart), "eager": milliseconds(apart)},
+    )  # fmt: skip
+
+
+def refine_apart(state: SoftQuery, rows: Tensor) -> ScanResult:
+    return scan(state.query(), rows, k=10, temperature=TEMPERATURE)
 
 
 def torch_top(query: Tensor, rows: Tensor, k: int) -> Tensor:

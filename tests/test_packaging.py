@@ -102,6 +102,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     present = {name for name in names if ".dist-info/" not in name}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "vsr1").rglob("*.py")}
     modules |= {f"vsr1/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    modules |= {f"vsr1/_cuda_source/{path.name}" for path in (ROOT / "csrc" / "cuda").glob("*.cuh")}
     assert modules <= present, modules - present
     assert "vsr1/py.typed" in present
     assert [name for name in present if name.startswith("vsr1/_C.") and name.endswith(".so")]

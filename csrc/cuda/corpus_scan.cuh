@@ -227,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep_kernel(const __grid_constan
             }
             if (counts && score != score) atomicAdd(s.nan_count + b, 1);
             if (!counts || score != score) score = -INFINITY;
-            if (s.positive && score > shared.bars[b] && row != s.positive[b]) atomicAdd(shared.greater + b, 1);
+            if (s.positive && counts && score > shared.bars[b] && row != s.positive[b]) atomicAdd(shared.greater + b, 1);
 
             Best best{score, static_cast<int>(row % kGroup), -INFINITY};
             for (int distance = 1; distance < kTile; distance *= 2) {

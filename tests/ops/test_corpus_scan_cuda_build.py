@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from vsr1.ops import _cuda_code
+from vsr1.ops import _corpus_cuda, _cuda_code
 
 SOURCE = Path(__file__).parent.parent.parent / "csrc" / "cuda" / "corpus_scan.cu"
 NVCC = shutil.which("nvcc")
@@ -82,3 +86,32 @@ def test_nvrtc_compiles_the_same_source(header: str, name: str, capability: str)
         pytest.fail(nvrtc.getProgramLog(program))
     assert len(nvrtc.getCUBIN(program)) > 1000
     assert nvrtc.getLoweredName(program, name)
+
+
+def test_the_source_for_nvrtc_is_one_string() -> None:
+    for header in ("corpus_scan.cuh", "projection.cuh"):
+        text = _cuda_code.source(header)
+        assert '#include "' not in text and "#pragma once" not in text
+        assert text.count("struct Best {") == 1
+
+
+def test_a_kernel_of_nvrtc_gets_its_struct(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def launch(*arguments: int) -> None:
+        held = ctypes.c_void_p.from_address(arguments[9]).value
+        calls.append((*arguments[:9], _corpus_cuda.Projection.from_address(held or 0).width))
+
+    kernel = SimpleNamespace(kernel=SimpleNamespace(ptr=77), max_dynamic_shared_size_bytes=0)
+    module = SimpleNamespace(get_function=lambda name: kernel)
+    cuda = SimpleNamespace(driver=SimpleNamespace(launchKernel=launch))
+    fake = SimpleNamespace(RawModule=lambda code, options, name_expressions: module, cuda=cuda)
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
+    _cuda_code._compiled.cache_clear()
+    _cuda_code._launch_compiled(
+        "vsr1::projection_kernel<vsr1::Half>", _corpus_cuda.Projection(width=640), 5, 256, 1024, 99
+    )
+    _cuda_code._compiled.cache_clear()
+    assert kernel.max_dynamic_shared_size_bytes == 1024
+    assert calls == [(77, 5, 1, 1, 256, 1, 1, 1024, 99, 640)]

@@ -156,7 +156,7 @@ def refined_scan(
     backend: str,
 ) -> RefinedOutputs:
     """The query (B, dim) that the parts make, and the outputs of `vsr1::corpus_scan` for it."""
-    lines = None if gate is None else gate.float().reshape(-1)
+    lines = None if gate is None else gate.float().reshape(-1).contiguous()
     front = _corpus_cuda.Front(base, weight, head, soft, gate_value if lines is None else lines)
     facts = {"asked": backend, "candidates": candidates is not None, "expected": expected, "front": front, "rows": rows}
     if resolve("refine_and_scan", "auto", device=rows.device, dtype=rows.dtype, **facts) == "cuda":
