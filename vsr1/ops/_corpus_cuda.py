@@ -19,6 +19,7 @@ from vsr1.ops import _cuda_code
 
 MEASURED = (9, 0)  # the compute capability on which it was faster than the Triton kernels
 MAX_QUERIES = 16
+MAX_SOFT = 16  # soft tokens that every block reads again; more are cheaper to add up once, before the sweep
 DIMS = (1024, 1536, 2048)  # the kernel spreads a row over 16 warps at compile time
 GROUP = 32
 TILE = 16
@@ -79,8 +80,8 @@ class Front:
             return "refines arrays whose lines are contiguous and begin at multiples of 16 bytes"
         if self.head is not None and self.base.shape[1] % 8:
             return "projects hidden states whose width is a multiple of 8"
-        if self.soft is not None and not self.soft.is_contiguous():
-            return "refines with soft tokens that are contiguous"
+        if self.soft is not None and (self.soft.shape[1] > MAX_SOFT or not self.soft.is_contiguous()):
+            return f"refines with up to {MAX_SOFT} soft tokens that are contiguous; these have shape {tuple(self.soft.shape)}"
         return None
 
 
