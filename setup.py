@@ -1,4 +1,4 @@
-"""The build: packages, the `kernels` folder as `vsr1.kernels`, and the compiled extension `vsr1._C`.
+"""The build: packages, `kernels` as `vsr1.kernels`, csrc/cuda as `vsr1._cuda_source`, and the compiled extension `vsr1._C`.
 
 The extension is C++ without torch headers, so building needs a compiler and pybind11 only. Without a compiler the package still
 installs; the ops then run on their torch reference. Where nvcc is found, the CUDA kernels become the library `vsr1._cuda`.
@@ -15,7 +15,10 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import Extension, find_packages, setup
 from setuptools.errors import BaseError, CCompilerError
 
-CUDA_FLAGS = ["-std=c++17", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-shared", "-Xcompiler", "-fPIC"]
+# Ampere and Hopper as machine code; newer GPUs compile the PTX when they first load it.
+CUDA_TARGETS = [("80", "sm_80"), ("90a", "sm_90a"), ("90", "compute_90")]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
+CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code={code}" for arch, code in CUDA_TARGETS]
 WARNINGS = {
     "vsr1._C": """
 vsr1: the compiled extension was NOT built ({error}).
@@ -24,7 +27,8 @@ vsr1: to get it, install a C++20 compiler (g++ >= 12 or clang >= 14; 'apt instal
 """,
     "vsr1._cuda": """
 vsr1: the CUDA C++ kernels were NOT built ({error}).
-vsr1: everything works; on a GPU the Triton kernels serve. They need CUDA's nvcc, 12.8 or newer, on the PATH.
+vsr1: everything works; on a GPU CuPy compiles them when they are first used, or the Triton kernels serve. To have them compiled
+vsr1: ahead, put CUDA's nvcc, 12.8 or newer, on the PATH and install vsr1 again.
 """,
 }
 
@@ -42,19 +46,19 @@ class OptionalBuildExt(build_ext):
             print(WARNINGS[ext.name].format(error=error), file=sys.stderr, flush=True)
 
     def build_cuda(self, ext: Extension) -> None:
-        """One shared library for Hopper, with the CUDA run time inside, so that it also loads where there is no driver."""
+        """One shared library for all targets, with the CUDA run time inside, so that it also loads where there is no driver."""
         nvcc = shutil.which("nvcc")
         if nvcc is None:
-            return  # most machines have none, and the Triton kernels serve there
+            return  # most machines have none; NVRTC or the Triton kernels serve there
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         self.spawn([nvcc, *CUDA_FLAGS, "-o", str(target), *ext.sources])
 
 
 setup(
-    packages=[*find_packages(include=["vsr1", "vsr1.*"]), "vsr1.kernels"],
-    package_dir={"vsr1.kernels": "kernels"},
-    package_data={"vsr1": ["py.typed"]},
+    packages=[*find_packages(include=["vsr1", "vsr1.*"]), "vsr1.kernels", "vsr1._cuda_source"],
+    package_dir={"vsr1.kernels": "kernels", "vsr1._cuda_source": "csrc/cuda"},
+    package_data={"vsr1": ["py.typed"], "vsr1._cuda_source": ["*.cuh"]},
     ext_modules=[
         Pybind11Extension(
             "vsr1._C",
@@ -66,7 +70,7 @@ setup(
             extra_link_args=["-pthread"],
             optional=True,  # an editable install copies the built file back only if it is there
         ),
-        Extension("vsr1._cuda", sorted(glob("csrc/cuda/*.cu")), optional=True),
+        Extension("vsr1._cuda", ["csrc/cuda/corpus_scan.cu"], depends=glob("csrc/cuda/*.cuh"), optional=True),
     ],
     cmdclass={"build_ext": OptionalBuildExt},
 )

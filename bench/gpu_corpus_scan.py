@@ -22,7 +22,7 @@ from bench.gpu import milliseconds, replayed, workspace
 from bench.harness import Measurement, mib_at_most, milliseconds_at_most, within
 from vsr1.ops import last_backend
 from vsr1.ops._dispatch import table
-from vsr1.ops.corpus_scan import CorpusMatrix, info_nce, scan
+from vsr1.ops.corpus_scan import CorpusMatrix, ScanResult, SoftQuery, info_nce, refine_and_scan, scan
 
 _FOLDER = Path(__file__).resolve().parent.parent / "tests" / "ops"
 TESTS = sorted({str(path) for kind in ("triton", "cuda") for path in _FOLDER.glob(f"test_corpus_*{kind}*.py")})
@@ -42,9 +42,11 @@ KS = (10, 100)
 _INT8_BACKENDS = [row.backend for row in table() if row.op == "corpus_scan_int8" and row.reason is None]
 INT8_COUNTS = (1, 8, 64, 128) if {"cuda", "triton"} & set(_INT8_BACKENDS) else ()
 """Queries of the int8 rows; none until a backend for GPUs serves them."""
-COUNT = len(COUNTS) * (1 + len(KS)) + len(INT8_COUNTS) * len(KS)
+REFINED = (1, 8, 16)  # as many as the CUDA kernel refines
+COUNT = len(COUNTS) * (1 + len(KS)) + len(INT8_COUNTS) * len(KS) + len(REFINED)
 """How many measurements there are."""
 TEMPERATURE = 0.07
+TOKENS = 8  # soft tokens of a query
 ROUNDING = 2e-6
 """Of scores of unit vectors, summed in float32."""
 SCORE_ROUNDING = 2.0**-10
@@ -83,6 +85,34 @@ def measurements() -> Iterator[Measurement]:
         line = loss_and_gradient(query, rows, positive[:count], loss_truth)
         line.floor, line.peers["own top-k"] = floor, alone
         yield line.held_to(*([within(1.5 if count <= 16 else 2.2, "own top-k")] if count in (1, 8, 16, 128) else []))
+        if count in REFINED:
+            yield refining(query, rows, floor)
+
+
+def refining(query: Tensor, rows: Tensor, floor: float) -> Measurement:
+    """The soft-query update with top-10 and softmax, in one call and in two; both must give the same bits for one query."""
+    generator = torch.Generator("cuda").manual_seed(2)
+    soft = torch.randn(len(query), TOKENS, D, device="cuda", generator=generator)
+    state = SoftQuery(query, F.normalize(soft, dim=2).bfloat16(), 0.5)
+    fused = partial(refine_and_scan, state, rows, k=KS[0], temperature=TEMPERATURE)
+    made, found = fused()
+    backend = last_backend()
+    again = scan(made, rows, k=KS[0], temperature=TEMPERATURE)
+    for name in ("scores", "ids", "lse", "expected"):
+        if not torch.equal(getattr(found, name), getattr(again, name)):
+            raise AssertionError(f"refine_and_scan and scan do not agree about {name}")
+    if (made.float() - state.query().float()).abs().max() > 2.0**-7 * made.float().abs().max():
+        raise AssertionError("refine_and_scan does not make the query that query() makes")
+    apart = partial(refine_apart, state, rows)
+    case = case_of(f"refine_and_scan of {TOKENS} tokens", len(query))
+    return Measurement(
+        case, replayed(fused), rows.nbytes, floor=floor, backend=backend, eager=milliseconds(fused), mib=workspace(fused),
+        peers={"own query(), scan()": replayed(apart)}, note=NOTES.get(case, ""),
+    )  # fmt: skip
+
+
+def refine_apart(state: SoftQuery, rows: Tensor) -> ScanResult:
+    return scan(state.query(), rows, k=KS[0], temperature=TEMPERATURE)
 
 
 def case_of(what: str, count: int) -> str:

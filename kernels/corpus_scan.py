@@ -301,7 +301,7 @@ class Sweep(NamedTuple):
 
     maxima (B, groups) float32; runner_up (B, groups) int32: in the low bits which row of the group won, in the others the
     runner-up's score; nan_count and greater (B,) int32; peak and mass (row tiles, B) float32; expected (B, D) float32, the sum of
-    exp((score - highest score) / temperature) x row.
+    exp((score - highest score) / temperature) x row; positive_score (B,) float32, NaN for a positive of -1.
     """
 
     maxima: Tensor
@@ -311,6 +311,7 @@ class Sweep(NamedTuple):
     peak: Tensor | None
     mass: Tensor | None
     expected: Tensor | None
+    positive_score: Tensor | None
 
 
 def sweep(
@@ -318,14 +319,13 @@ def sweep(
     rows: Tensor,
     exclude: Tensor | None,
     positive: Tensor | None,
-    bar: Tensor | None,
     temperature: float | None,
     second_pass: Any = None,
 ) -> Sweep:
     """The first pass over the rows, and chunk by chunk the second one, for `expected`.
 
-    query (B, D), rows (N, D), B and N > 0; exclude (B, E) int64; positive (B,) int64 and bar (B,) float32, what a score must
-    pass to be counted in `greater`; temperature for peak and mass; second_pass is `SecondPass` of corpus_expected.py to ask for
+    query (B, D), rows (N, D), B and N > 0; exclude (B, E) int64; positive (B,) int64 asks for positive_score and for `greater`,
+    the count of scores above it; temperature for peak and mass; second_pass is `SecondPass` of corpus_expected.py to ask for
     expected, which needs a temperature.
     """
     B, D = query.shape
@@ -346,6 +346,10 @@ def sweep(
     mass = new(temperature is not None, torch.float32, tiles, B)
     second = None if second_pass is None else second_pass.start(query, rows, block_rows, options["UPCAST"], bulk)
     chunk_tiles = tiles if second is None else second.chunk_tiles
+    positive_score = bar = None
+    if positive is not None:
+        positive_score = positive_scores(query, rows, positive)
+        bar = positive_score.masked_fill(positive_score.isnan(), float("-inf"))
     sources = query, rows
     if bulk:
         sources = (
@@ -364,7 +368,7 @@ def sweep(
         if second is not None:
             second.add(rows, peak, chunk, temperature)
     total = None if second is None else second.partial.sum(dim=0)
-    return Sweep(maxima, runner_up, nan_count, greater, peak, mass, total)
+    return Sweep(maxima, runner_up, nan_count, greater, peak, mass, total, positive_score)
 
 
 def positive_scores(query: Tensor, rows: Tensor, positive: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def facts() -> list[Fact]:
         Fact("cores", f"{os.cpu_count()} seen, torch uses {torch.get_num_threads()} threads"),
         _extension(),
         _cuda(),
+        _cuda_kernels(),
     ]
     found += [_version(name, name) for name in LIBRARIES]
     found += [_decoder(label, module, package) for label, (module, package) in DECODERS.items()]
@@ -84,6 +85,16 @@ def _cuda() -> Fact:
         return Fact("CUDA", why, found=False)
     names = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
     return Fact("CUDA", f"{torch.version.cuda}: {names}")
+
+
+def _cuda_kernels() -> Fact:
+    from vsr1.ops import _cuda_code
+
+    reason = _cuda_code.missing()
+    if reason is not None:
+        return Fact("CUDA C++ kernels", reason, found=False)
+    how = {"nvcc": "compiled ahead by nvcc (vsr1._cuda)", "nvrtc": "compiled by NVRTC when first used (through CuPy)"}
+    return Fact("CUDA C++ kernels", how[_cuda_code.maker() or ""])
 
 
 def _version(label: str, package: str) -> Fact:

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tests.kernels import DEVICE, INTERPRETED, SHARED_MEMORY, compile_ahead, compiles, interprets, run_interpreted, runs
 from vsr1.errors import BackendUnavailable
 from vsr1.ops import last_backend
-from vsr1.ops._corpus_cuda import library_missing
-from vsr1.ops.corpus_scan import ScanResult, info_nce, scan
+from vsr1.ops._cuda_code import missing
+from vsr1.ops.corpus_scan import HiddenState, ScanResult, SoftQuery, info_nce, refine_and_scan, scan
 
 tl = pytest.importorskip("triton.language")
 kernels = pytest.importorskip("vsr1.kernels.corpus_scan", reason="vsr1 is not installed: pip install -e .")
@@ -130,7 +130,7 @@ def test_select_takes_the_first_of_equals(width: int, k: int) -> None:
         assert found.tolist() == line[wanted].tolist() + [-math.inf] * (k - len(wanted))
 
 
-needs_cuda = pytest.mark.skipif(DEVICE == "cpu" or library_missing() is not None, reason=str(library_missing()))
+needs_cuda = pytest.mark.skipif(DEVICE == "cpu" or missing() is not None, reason=str(missing()))
 
 
 @needs_cuda
@@ -183,6 +183,45 @@ def test_cuda_ties_nan_and_infinities() -> None:
     for name in ("positive_score", "lse"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), equal_nan=True)
     torch.testing.assert_close(found.expected, wanted.expected, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+@needs_cuda
+def test_cuda_ties_a_copy_of_the_positive() -> None:
+    rows = unit(15_000, 1024, seed=1, dtype=torch.bfloat16)
+    rows[[7, 100, 14_999]] = rows[60].clone()
+    query = unit(4, 1024, dtype=torch.bfloat16)
+    found = scan(query, rows, k=1, positive=torch.full((4,), 60), backend="cuda")
+    exact = query.double() @ rows.double().T
+    assert torch.equal(found.rank, 1 + (exact > exact[:, 60:61] + 1e-9).sum(dim=1))
+
+
+def states(B: int, D: int) -> dict[str, SoftQuery | HiddenState]:
+    half: dict[str, Any] = {"dtype": torch.bfloat16}
+    soft, weight = unit(B, 4, D, seed=2, **half), unit(D + 256, seed=3, **half)
+    return {
+        "number": SoftQuery(unit(B, D, **half), soft, 0.5),
+        "gates": SoftQuery(unit(B, D, **half), soft, torch.linspace(-1.0, 1.0, B, device=DEVICE)[:, None]),
+        "no-soft": SoftQuery(unit(B, D, **half), soft[:, :0]),
+        "hidden": HiddenState(unit(B, D + 256, **half), weight, dim=D),
+        "head": HiddenState(unit(B, D + 256, **half), weight, unit(D + 16, D + 256, seed=4, **half), dim=D),
+    }
+
+
+@needs_cuda
+@pytest.mark.parametrize("state", ["number", "gates", "no-soft", "hidden", "head"])
+@pytest.mark.parametrize(("B", "D"), [(1, 1024), (16, 2048)], ids=str)
+def test_cuda_refines_and_scans(B: int, D: int, state: str) -> None:
+    made, rows = states(B, D)[state], unit(9000, D, seed=1, dtype=torch.bfloat16)
+    options = {"k": 20, "positive": torch.arange(B), "temperature": 0.1, "backend": "cuda"}
+    query, found = refine_and_scan(made, rows, **options)
+    wanted = made.query()
+    assert (query.float() - wanted.float()).abs().max() <= 2.0**-7 * wanted.float().abs().max()
+    assert (query != wanted).float().mean() < 0.01
+    again = scan(query, rows, **options)
+    for name in ("scores", "ids", "nan_count", "positive_score", "rank", "lse", "expected"):
+        assert torch.equal(getattr(found, name), getattr(again, name)), name
+    top = refine_and_scan(made, rows, k=20, backend="cuda")[1]
+    assert torch.equal(top.ids, found.ids)
 
 
 @needs_cuda

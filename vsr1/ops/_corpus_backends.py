@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vsr1.ops import _corpus_cuda
+from vsr1.ops import _corpus_cuda, _cuda_code
 from vsr1.ops._dispatch import Backend, cpu_only, cuda_only, extension_missing, register, resolve, triton_missing
 
 BLOCK_ELEMENTS = 1 << 22  # floats in one temporary of the reference: 16 MiB
@@ -60,6 +60,7 @@ def _sweep(
             exclude = None
         candidates = candidates.masked_fill(left_out, -1)
     facts = {"candidates": candidates is not None, "expected": expected, "query": query, "rows": rows}
+    facts["named"] = backend != "auto"
     name = resolve("corpus_scan", backend, device=rows.device, dtype=rows.dtype, **facts)
     return _IMPLEMENTATIONS[name](query, rows, k, positive, temperature, expected, exclude, candidates)
 
@@ -76,10 +77,11 @@ def _(
     candidates: Tensor | None,
     backend: str,
 ) -> Outputs:
-    return _new_outputs(query, k, positive, temperature, expected)
+    return new_outputs(query, k, positive, temperature, expected)
 
 
-def _new_outputs(query: Tensor, k: int, positive: Tensor | None, temperature: float | None, expected: bool) -> Outputs:
+def new_outputs(query: Tensor, k: int, positive: Tensor | None, temperature: float | None, expected: bool) -> Outputs:
+    """Outputs to write, of size 0 where not asked for."""
     count, dim = query.shape
 
     def new(asked: bool, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -267,7 +269,7 @@ def _cpu(
     """The sweep in C++ (csrc/cpu/corpus_scan.cpp): one pass, on as many threads as torch uses."""
     from vsr1._C import corpus_scan as sweep
 
-    outputs = _new_outputs(query, k, positive, temperature, expected)
+    outputs = new_outputs(query, k, positive, temperature, expected)
     query_bfloat16 = query.dtype == torch.bfloat16
     query = query.float().contiguous()
 
@@ -312,7 +314,7 @@ def _triton(
     from vsr1.kernels.corpus_expected import SecondPass
 
     sweep = partial(kernels.sweep, second_pass=SecondPass if expected else None)
-    return _merged(sweep, kernels.positive_scores, query, rows, k, positive, temperature, expected, exclude)
+    return merged(sweep, query, rows, k, positive, temperature, expected, exclude)
 
 
 def _cuda(
@@ -325,14 +327,13 @@ def _cuda(
     exclude: Tensor | None,
     candidates: Tensor | None,
 ) -> Outputs:
-    """The sweep for few queries in CUDA C++ (csrc/cuda/corpus_scan.cu) and the same merge."""
-    sweep, own = partial(_corpus_cuda.sweep, expected=expected), _corpus_cuda.positive_scores
-    return _merged(sweep, own, query, rows, k, positive, temperature, expected, exclude)
+    """The sweep for few queries in CUDA C++ (csrc/cuda/corpus_scan.cuh) and the same merge."""
+    sweep = partial(_corpus_cuda.sweep, expected=expected)
+    return merged(sweep, query, rows, k, positive, temperature, expected, exclude)
 
 
-def _merged(
+def merged(
     sweep: Callable[..., Any],
-    positive_scores: Callable[..., Tensor],
     query: Tensor,
     rows: Tensor,
     k: int,
@@ -341,18 +342,14 @@ def _merged(
     expected: bool,
     exclude: Tensor | None,
 ) -> Outputs:
-    """All outputs from what `sweep` leaves (`kernels.corpus_scan.Sweep`); positive_scores uses the same arithmetic."""
+    """All outputs from what `sweep` leaves (`kernels.corpus_scan.Sweep`); it may be the sweep that writes the query."""
     from vsr1.kernels import corpus_scan as kernels
 
     if not len(query) or not len(rows):  # nothing to launch
         return _reference(query, rows, k, positive, temperature, expected, exclude, None)
     query = query.contiguous()
-    outputs = list(_new_outputs(query, 0, None, None, False))
-    bar = None
-    if positive is not None:
-        outputs[3] = positive_scores(query, rows, positive)
-        bar = _bar(outputs[3])[:, 0]
-    swept = sweep(query, rows, exclude, positive, bar, temperature)
+    outputs = list(new_outputs(query, 0, None, None, False))
+    swept = sweep(query, rows, exclude, positive, temperature)
 
     best, best_ids = [], []
     chosen = min(k, swept.maxima.shape[1] + 1)  # one more than there are shows gather_scores that no group stays behind
@@ -368,7 +365,7 @@ def _merged(
 
     outputs[:3] = torch.cat(best), torch.cat(best_ids), swept.nan_count.long()
     if positive is not None:
-        outputs[4] = _rank(swept.greater.long(), positive)
+        outputs[3], outputs[4] = swept.positive_score, _rank(swept.greater.long(), positive)
     if temperature is not None:
         highest = swept.peak.amax(dim=0)
         level = highest.masked_fill(highest == NEGATIVE_INFINITY, 0.0)
@@ -386,18 +383,21 @@ def _cpu_refuses(*, device: torch.device, dtype: torch.dtype, **_: Any) -> str |
     return cpu_only(device=device)
 
 
-def _cuda_missing() -> str | None:
-    return triton_missing() or _corpus_cuda.library_missing()
+def cuda_missing() -> str | None:
+    return triton_missing() or _cuda_code.missing()
 
 
-def _cuda_refuses(
-    *, device: torch.device, dtype: torch.dtype, candidates: bool, expected: bool, query: Tensor, rows: Tensor
+def cuda_refuses(
+    *, device: torch.device, candidates: bool, expected: bool, named: bool, query: Tensor, rows: Tensor, **_: Any
 ) -> str | None:
     if candidates:
         return "sweeps whole corpora; 'candidates' are for the other backends"
-    if not expected:
-        return "serves sweeps that ask for expected; the Triton kernels are faster without it"
-    return cuda_only(device=device) or _corpus_cuda.refuses(query, rows)
+    if not (expected or named):
+        return "serves sweeps that ask for expected, others where it is named; the Triton kernels are faster there"
+    reason = cuda_only(device=device)
+    if reason is None and not named and torch.cuda.get_device_capability(device) != _corpus_cuda.MEASURED:
+        reason = "was measured on compute capability 9.0 alone; elsewhere it serves where it is named"
+    return reason or _corpus_cuda.refuses(query, rows)
 
 
 def _triton_refuses(*, device: torch.device, dtype: torch.dtype, candidates: bool, **_: Any) -> str | None:
@@ -412,7 +412,7 @@ _IMPLEMENTATIONS = {"cpu": _cpu, "cuda": _cuda, "triton": _triton, "reference": 
 register(
     "corpus_scan",
     cpu=Backend(extension_missing, _cpu_refuses),
-    cuda=Backend(_cuda_missing, _cuda_refuses),
+    cuda=Backend(cuda_missing, cuda_refuses),
     triton=Backend(triton_missing, _triton_refuses),
     reference=Backend(),
 )

@@ -14,14 +14,15 @@ score of -inf is never selected, a score of +inf makes lse and expected NaN. Sco
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from vsr1.ops._corpus_backends import corpus_scan
+from vsr1.ops._corpus_front import HiddenState, SoftQuery, refined_scan, rocchio
 from vsr1.ops._corpus_int8 import corpus_scan_int8
 from vsr1.ops.corpus_matrix import ROW_DTYPES, CorpusMatrix
 
@@ -74,8 +75,8 @@ def scan(
     temperature > 0: asks for lse and expected.
     exclude (B, E) int64 rows that are left out, -1 padded.
     candidates (B, C) int64 rows, -1 padded: only these are scored; a row listed twice counts once.
-    backend "auto", "cpu" (compiled C++; float32 and bfloat16 rows), "cuda" (Hopper GPUs, up to 16 queries of 1024, 1536
-    or 2048 half-type components), "triton" (GPU) or "reference" (torch).
+    backend "auto", "cpu" (compiled C++; float32 and bfloat16 rows), "cuda" (Ampere GPUs and newer, up to 16 queries of
+    1024, 1536 or 2048 half-type components), "triton" (GPU) or "reference" (torch).
     The int64 arguments may lie on the CPU or with the corpus.
 
     A quantized corpus (`CorpusMatrix.quantize`) is swept by its codes where the best k are all that is asked for, with
@@ -91,38 +92,15 @@ def scan(
     """
     matrix = corpus if isinstance(corpus, CorpusMatrix) else CorpusMatrix(corpus)
     _check_query(query, matrix)
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"k is a {type(k).__name__}; expected an int")
-    if not 0 <= k <= MAX_K:
-        raise ValueError(f"k is {k}; expected 0 <= k <= {MAX_K}")
-    if temperature is not None:
-        _check_temperature(temperature)
-    count = query.shape[0]
+    asked = _asked(query.shape[0], matrix, k, positive, temperature, exclude, candidates, backend)
     if matrix.quantized is not None and positive is None and temperature is None and candidates is None:
-        left_out = _rows_argument("exclude", exclude, count, 2, matrix.device)
         codes = matrix.quantized
+        exclude = _rows_argument("exclude", exclude, query.shape[0], 2, matrix.device)
         scores, ids, nan_count, rescored, fallbacks = corpus_scan_int8(
-            query, matrix.rows, codes.codes, codes.scales, codes.residuals, k, left_out, backend
+            query, matrix.rows, codes.codes, codes.scales, codes.residuals, k, exclude, backend
         )
         return ScanResult(scores, ids, nan_count, rescored=rescored, fallbacks=fallbacks)
-    outputs = corpus_scan(
-        query,
-        matrix.rows,
-        k,
-        _rows_argument("positive", positive, count, 1, matrix.device),
-        None if temperature is None else float(temperature),
-        temperature is not None,
-        _rows_argument("exclude", exclude, count, 2, matrix.device),
-        _rows_argument("candidates", candidates, count, 2, matrix.device),
-        backend,
-    )
-    scores, ids, nan_count, positive_score, rank, lse, expected = outputs
-    result = ScanResult(scores, ids, nan_count)
-    if positive is not None:
-        result = replace(result, positive_score=positive_score, rank=rank)
-    if temperature is not None:
-        result = replace(result, lse=lse, expected=expected)
-    return result
+    return _result(corpus_scan(query, *asked), asked)
 
 
 def info_nce(
@@ -158,79 +136,65 @@ def info_nce(
     return outputs[5] - outputs[3] / temperature
 
 
-def rocchio(base: Tensor, accepted: Tensor | None, rejected: Tensor | None, alpha: float, beta: float) -> Tensor:
-    """Relevance feedback without a policy: normalise(base + alpha * mean(accepted) - beta * mean(rejected)).
-
-    base (B, D); accepted and rejected (B, n, D) or None, each with its own n; rows that are all zero are padding and
-    not counted, and a query without feedback keeps its direction. Returns (B, D) in base's dtype, of length 1. Source:
-    Rocchio 1971.
-    """
-    moved = base.float()
-    for name, weight, feedback in (("accepted", alpha, accepted), ("rejected", -beta, rejected)):
-        if feedback is None:
-            continue
-        _check_shape(name, feedback, base)
-        given = (feedback != 0).any(dim=2).sum(dim=1, keepdim=True)
-        moved = moved + weight * feedback.float().sum(dim=1) / given.clamp(min=1)
-    return F.normalize(moved, dim=1).to(base.dtype)
-
-
-@dataclass(frozen=True)
-class HiddenState:
-    """The embedder's last hidden state before its final norm, and what turns it into a query.
-
-    hidden (B, H); norm_weight (H,) and eps of the final RMSNorm; head (P, H) or None; dim keeps the first components of
-    the projection (Matryoshka truncation), None keeps all.
-    """
-
-    hidden: Tensor
-    norm_weight: Tensor
-    head: Tensor | None = None
-    dim: int | None = None
-    eps: float = 1e-6
-
-    def query(self) -> Tensor:
-        """normalise((RMSNorm(hidden) @ head.T)[:, :dim]): (B, dim) in hidden's dtype, computed in float32."""
-        if self.hidden.ndim != 2 or self.norm_weight.shape != self.hidden.shape[1:]:
-            raise ValueError(
-                f"hidden has shape {tuple(self.hidden.shape)} and norm_weight {tuple(self.norm_weight.shape)}; "
-                "expected (B, H) and (H,)"
-            )
-        state = F.rms_norm(self.hidden.float(), self.norm_weight.shape, self.norm_weight.float(), self.eps)
-        if self.head is not None:
-            state = F.linear(state, self.head.float())
-        if self.dim is not None and not 0 < self.dim <= state.shape[1]:
-            raise ValueError(f"dim is {self.dim}; the embedding has {state.shape[1]} components")
-        return F.normalize(state[:, : self.dim], dim=1).to(self.hidden.dtype)
-
-
-@dataclass(frozen=True)
-class SoftQuery:
-    """A query and the soft tokens that move it: base (B, D), soft (B, n, D), gate a number or (), (B,) or (B, 1)."""
-
-    base: Tensor
-    soft: Tensor
-    gate: float | Tensor = 1.0
-
-    def query(self) -> Tensor:
-        """normalise(base + gate * mean(soft)): (B, D) in base's dtype, computed in float32; n = 0 keeps base."""
-        _check_shape("soft", self.soft, self.base)
-        gate = self.gate
-        if isinstance(gate, Tensor):
-            if gate.shape not in ((), (len(self.base),), (len(self.base), 1)):
-                raise ValueError(f"gate has shape {tuple(gate.shape)}; expected (), (B,) or (B, 1)")
-            gate = gate.float().reshape(-1, 1)
-        shift = self.soft.float().sum(dim=1) / max(self.soft.shape[1], 1)
-        return F.normalize(self.base.float() + gate * shift, dim=1).to(self.base.dtype)
-
-
 def refine_and_scan(state: HiddenState | SoftQuery, corpus: Any, **options: Any) -> tuple[Tensor, ScanResult]:
     """Make the query out of `state`, scan with it, and return both: query (B, D) of length 1 and the `ScanResult`.
 
     `options` are those of `scan` (k, positive, ...). Differentiable in the tensors of `state`.
+
+    Where the "cuda" backend sweeps rows and no gradient is asked for, the sweep's own launch makes the query, if everything
+    in `state` has the rows' half type (a gate aside); a head adds one launch before it. Elsewhere it is one call:
+    `state.query()`, then the scan. The query is the one that was scored, bit for bit: `scan(query, ...)` gives the same
+    result. Raises as `scan` does.
     """
-    query = state.query()
-    return query, scan(query, corpus, **options)
+    matrix = corpus if isinstance(corpus, CorpusMatrix) else CorpusMatrix(corpus)
+    if matrix.quantized is not None or (torch.is_grad_enabled() and state.needs_gradient()):
+        query = state.query()
+        return query, scan(query, matrix, **options)
+    _check_query(state.outline(), matrix)
+    asked = _asked(len(state.outline()), matrix, **options)
+    query, *outputs = refined_scan(*state.parts(), *asked)
+    return query, _result(outputs, asked)
+
+
+def _asked(
+    count: int,
+    matrix: CorpusMatrix,
+    k: int,
+    positive: Tensor | None = None,
+    temperature: float | None = None,
+    exclude: Tensor | None = None,
+    candidates: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Any, ...]:
+    """The arguments of the op behind the query, checked: those of `scan` for `count` queries."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k is a {type(k).__name__}; expected an int")
+    if not 0 <= k <= MAX_K:
+        raise ValueError(f"k is {k}; expected 0 <= k <= {MAX_K}")
+    if temperature is not None:
+        _check_temperature(temperature)
+    return (
+        matrix.rows,
+        k,
+        _rows_argument("positive", positive, count, 1, matrix.device),
+        None if temperature is None else float(temperature),
+        temperature is not None,
+        _rows_argument("exclude", exclude, count, 2, matrix.device),
+        _rows_argument("candidates", candidates, count, 2, matrix.device),
+        backend,
+    )
+
+
+def _result(outputs: Sequence[Tensor], asked: tuple[Any, ...]) -> ScanResult:
+    """The op's outputs, less those that were not asked for."""
+    _, _, positive, temperature, *_ = asked
+    scores, ids, nan_count, positive_score, rank, lse, expected = outputs
+    result = ScanResult(scores, ids, nan_count)
+    if positive is not None:
+        result = replace(result, positive_score=positive_score, rank=rank)
+    if temperature is not None:
+        result = replace(result, lse=lse, expected=expected)
+    return result
 
 
 def _check_query(query: Tensor, matrix: CorpusMatrix) -> None:
@@ -252,13 +216,6 @@ def _check_query(query: Tensor, matrix: CorpusMatrix) -> None:
 def _check_temperature(temperature: float) -> None:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}; expected a finite number > 0")
-
-
-def _check_shape(name: str, vectors: Tensor, base: Tensor) -> None:
-    if base.ndim != 2 or vectors.ndim != 3 or (vectors.shape[0], vectors.shape[2]) != tuple(base.shape):
-        raise ValueError(
-            f"base has shape {tuple(base.shape)} and {name} {tuple(vectors.shape)}; expected (B, D) and (B, n, D)"
-        )
 
 
 def _rows_argument(name: str, rows: Tensor | None, count: int, ndim: int, device: torch.device) -> Tensor | None:
