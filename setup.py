@@ -11,13 +11,13 @@ import sys
 from glob import glob
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, find_packages, setup
 from setuptools.errors import BaseError, CCompilerError
 
 # Ampere and Hopper as machine code; newer GPUs compile the PTX when they first load it.
 CUDA_TARGETS = [("80", "sm_80"), ("90a", "sm_90a"), ("90", "compute_90")]
-CUDA_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC", "--threads=0"]
 CUDA_FLAGS += [f"-gencode=arch=compute_{arch},code={code}" for arch, code in CUDA_TARGETS]
 WARNINGS = {
     "vsr1._C": """
@@ -55,6 +55,7 @@ class OptionalBuildExt(build_ext):
         self.spawn([nvcc, *CUDA_FLAGS, "-o", str(target), *ext.sources])
 
 
+ParallelCompile().install()  # the instruction sets' files take seconds each
 setup(
     packages=[*find_packages(include=["vsr1", "vsr1.*"]), "vsr1.kernels", "vsr1._cuda_source"],
     package_dir={"vsr1.kernels": "kernels", "vsr1._cuda_source": "csrc/cuda"},
@@ -62,9 +63,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "vsr1._C",
-            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/**/*.cpp", recursive=True))],
             include_dirs=["csrc/include"],
-            depends=[*glob("csrc/include/vsr1/*"), *glob("csrc/cpu/*")],
+            depends=[*glob("csrc/include/vsr1/*"), *glob("csrc/cpu/**", recursive=True)],
             cxx_std=20,
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"],
             extra_link_args=["-pthread"],

@@ -1,81 +1,17 @@
-// The inner loops compiled for every instruction set, and which of them this processor has.
+// Which of the instruction sets this processor has, and which one is in use.
 
 #include "instruction_sets.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "vsr1/corpus_scan.h"
 
-// Keeps the compiler from reading a value again and again from memory, where the loads of a tile would outnumber its products.
 #if defined(__x86_64__)
-#define VSR1_IN_REGISTER(v) asm("" : "+v"(v))
-#else
-#define VSR1_IN_REGISTER(v)
-#endif
-
-#define VSR1_ISA portable
-#define VSR1_TARGET
-#define VSR1_LANES 4
-#define VSR1_REGISTERS 16
-#include "kernels.inl"
-#undef VSR1_ISA
-
-#define VSR1_ISA emulated
-#include "emulated_tiles.h"
-#include "tiles.inl"
-#undef VSR1_ISA
-#undef VSR1_TARGET
-#undef VSR1_LANES
-#undef VSR1_REGISTERS
-
-#if defined(__x86_64__)
-#define VSR1_ISA avx2
-#define VSR1_TARGET __attribute__((target("avx2,fma")))
-#define VSR1_LANES 8
-#define VSR1_REGISTERS 16
-#include "kernels.inl"
-#undef VSR1_ISA
-#undef VSR1_TARGET
-#undef VSR1_LANES
-#undef VSR1_REGISTERS
-
-#define VSR1_AVX512 "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512"
-#define VSR1_LANES 16
-#define VSR1_REGISTERS 32
-#define VSR1_ISA avx512
-#define VSR1_TARGET __attribute__((target(VSR1_AVX512)))
-#include "kernels.inl"
-#undef VSR1_ISA
-#undef VSR1_TARGET
-
-#define VSR1_VNNI
-#define VSR1_ISA avx512_vnni
-#define VSR1_TARGET __attribute__((target(VSR1_AVX512 ",avx512vnni")))
-#include "kernels.inl"
-#undef VSR1_ISA
-#undef VSR1_TARGET
-
-#define VSR1_BF16
-#define VSR1_ISA avx512_bf16
-#define VSR1_TARGET __attribute__((target(VSR1_AVX512 ",avx512vnni,avx512bf16")))
-#include "kernels.inl"
-#undef VSR1_ISA
-
-#define VSR1_ISA amx
 #include "amx_tiles.h"
-#include "tiles.inl"
 #endif
 
 namespace vsr1 {
@@ -96,14 +32,14 @@ const std::vector<Isa>& isa_table() {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
         const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
         const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16");
-        sets.push_back({"amx", amx::with_tiles(avx512_bf16::kKernels), bf16 && amx::granted()});
+        sets.push_back({"amx", amx::kernels(), bf16 && amx::granted()});
         sets.push_back({"avx512_bf16", avx512_bf16::kKernels, bf16});
         sets.push_back({"avx512_vnni", avx512_vnni::kKernels, vnni});
         sets.push_back({"avx512", avx512::kKernels, avx512});
         sets.push_back({"avx2", avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
         sets.push_back({"portable", portable::kKernels, true});
-        sets.push_back({"emulated", emulated::with_tiles(portable::kKernels), false});
+        sets.push_back({"emulated", emulated::kernels(), false});
         return sets;
     }();
     return table;

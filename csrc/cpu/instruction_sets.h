@@ -1,5 +1,5 @@
-// What the sweeps need from an instruction set, and the table of those that are compiled in. The inner loops themselves are
-// kernels.inl, compiled once for each set.
+// What the sweeps need from an instruction set, and the sets that are compiled in. The inner loops themselves are kernels.inl,
+// compiled once for each set by the files in isa/.
 #pragma once
 
 #include <cstdint>
@@ -79,6 +79,28 @@ struct Kernels {
         return d - within + within % 2 * lanes + within / 2;
     }
 };
+
+namespace portable {
+extern const Kernels kKernels;
+}
+namespace avx2 {
+extern const Kernels kKernels;
+}
+namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512_vnni {
+extern const Kernels kKernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kKernels;
+}
+namespace amx {
+Kernels kernels();
+}
+namespace emulated {
+Kernels kernels();
+}
 
 // Of the instruction set in use.
 const Kernels& current_kernels();

@@ -1,5 +1,5 @@
-// The inner loops of the sweeps, written once with compiler vectors and compiled once for each instruction set: the includer
-// defines VSR1_ISA (a namespace), VSR1_TARGET (a function attribute), VSR1_LANES (floats in a register) and VSR1_REGISTERS; and,
+// The inner loops of the sweeps, written once with compiler vectors and compiled once for each instruction set, by the files in isa/.
+// Each defines VSR1_ISA (a namespace), VSR1_TARGET (a function attribute), VSR1_LANES (floats in a register) and VSR1_REGISTERS; and,
 // where the set has them, VSR1_VNNI (sums of int16 products) and VSR1_BF16 (sums of bfloat16 products).
 //
 // A tile of 4 queries x a few rows lives in registers while both stream by along the vector's components, so a row
@@ -9,6 +9,27 @@
 //
 // A bfloat16 row is read as 32-bit words, each two components: a shift leaves the even one as a float32, a mask the odd one. So
 // widening costs one instruction a register and no shuffle; the queries are laid out to match (Kernels::position).
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "instruction_sets.h"
+
+// Keeps the compiler from reading a value again and again from memory, where the loads of a tile would outnumber its products.
+#if defined(__x86_64__)
+#define VSR1_IN_REGISTER(v) asm("" : "+v"(v))
+#else
+#define VSR1_IN_REGISTER(v)
+#endif
 
 namespace vsr1::VSR1_ISA {
 
@@ -462,7 +483,7 @@ VSR1_TARGET static void add_block(int64_t queries, int64_t stride, const float* 
         add<FloatRows>(queries, stride, weights, block, direction);
 }
 
-constexpr Kernels kKernels = {
+const Kernels kKernels = {
     .lanes = kLanes,
     .score_block = score_block,
 #if defined(VSR1_BF16)

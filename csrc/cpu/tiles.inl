@@ -1,7 +1,17 @@
 // The products of queries and rows on matrix registers (AMX): a tile of 16 rows x 64 bytes, as the rows lie in memory, times a
 // tile of 16 queries gives 16 x 16 sums. Queries are laid out beforehand the way their tile wants them: components in groups of 4
 // bytes, side by side for 16 queries. Written for anything that has the registers' six operations, so that they can also be
-// emulated, and the layout tested, on any processor. The includer defines VSR1_ISA, VSR1_TARGET and, in that namespace, `Tiles`.
+// emulated, and the layout tested, on any processor. The file in isa/ that includes this
+// defines VSR1_ISA, VSR1_TARGET, VSR1_REST (the set that does everything else) and, in the namespace VSR1_ISA, `Tiles`.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "instruction_sets.h"
 
 namespace vsr1::VSR1_ISA {
 
@@ -117,13 +127,13 @@ static void arrange_integers(int16_t* queries, int64_t count, int64_t stride) {
     }
 }
 
-// Everything else as in `rest`.
-constexpr Kernels with_tiles(Kernels rest) {
-    rest.score_pairs = score_pairs;
-    rest.multiply_block = multiply_block;
-    rest.arrange_pairs = arrange_pairs;
-    rest.arrange_integers = arrange_integers;
-    return rest;
+Kernels kernels() {
+    Kernels kernels = VSR1_REST::kKernels;
+    kernels.score_pairs = score_pairs;
+    kernels.multiply_block = multiply_block;
+    kernels.arrange_pairs = arrange_pairs;
+    kernels.arrange_integers = arrange_integers;
+    return kernels;
 }
 
 }  // namespace vsr1::VSR1_ISA
