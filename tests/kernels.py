@@ -1,6 +1,6 @@
-"""What the tests of Triton kernels share: where they run, Triton's interpreter, and what ptxas says of a kernel.
+"""What the tests of Triton kernels share: where they run, and what ptxas says of a kernel.
 
-TRITON_INTERPRET is read when a kernel is decorated, so without a GPU a test file runs itself again in a process that has it set.
+Without a GPU they run in Triton's interpreter, in the process that tests/ops/test_interpreter.py starts.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,22 +20,6 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one program may have
 runs = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="needs a GPU or TRITON_INTERPRET=1")
 compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-interprets = pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process itself")
-
-
-def run_interpreted(path: str) -> None:
-    """Fails unless the tests of this file pass in Triton's interpreter."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(Path(path))]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
 
 
 def compile_ahead(

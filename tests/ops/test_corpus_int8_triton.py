@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.kernels import DEVICE, INTERPRETED, SHARED_MEMORY, compile_ahead, compiles, interprets, run_interpreted, runs
+from tests.kernels import DEVICE, INTERPRETED, SHARED_MEMORY, compile_ahead, compiles, runs
 from vsr1.ops import last_backend
 from vsr1.ops.corpus_scan import CorpusMatrix, scan
 
@@ -74,11 +74,6 @@ def checked(query: Tensor, rows: Tensor, k: int, exclude: Tensor | None = None) 
     assert (rescored <= scored).all()
     assert (rescored == scored)[fallbacks == 1].all()
     return rescored, fallbacks
-
-
-@interprets
-def test_under_the_interpreter() -> None:
-    run_interpreted(__file__)
 
 
 @runs

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -357,15 +355,6 @@ def same(found: ScanResult, wanted: ScanResult) -> None:
     for name in ("scores", "positive_score", "lse"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-5)
     assert (found.expected - wanted.expected).norm() <= 2e-3 * wanted.expected.norm()
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is the process that runs the others")
-def test_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "whole_op"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout and " skipped" not in done.stdout
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")

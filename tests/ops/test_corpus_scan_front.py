@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,16 +53,6 @@ def test_refine_and_scan_makes_the_query_then_scans() -> None:
     assert torch.allclose(query, F.normalize((normed @ head.T)[:, :6], dim=1), atol=1e-6)
     with pytest.raises(ValueError, match="dim is 9; the embedding has 8"):
         refine_and_scan(HiddenState(hidden, weight, head, dim=9), rows, k=1)
-
-
-@pytest.mark.skipif(interpreted or torch.cuda.is_available(), reason="is the process that runs the interpreter")
-def test_under_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__)), "-k", "triton"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
 
 
 @pytest.fixture(params=BACKENDS)

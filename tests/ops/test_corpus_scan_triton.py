@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tests.kernels import DEVICE, INTERPRETED, SHARED_MEMORY, compile_ahead, compiles, interprets, run_interpreted, runs
+from tests.kernels import DEVICE, INTERPRETED, SHARED_MEMORY, compile_ahead, compiles, runs
 from vsr1.errors import BackendUnavailable
 from vsr1.ops import last_backend
 from vsr1.ops._cuda_code import missing
@@ -38,17 +38,12 @@ def both(query: Tensor, rows: Tensor, **options: Any) -> tuple[ScanResult, ScanR
     return found, scan(query, rows, backend="reference", **options)
 
 
-@interprets
-def test_under_the_interpreter() -> None:
-    run_interpreted(__file__)
-
-
 @runs
 @pytest.mark.parametrize(("query_dtype", "dtype"), PAIRS, ids=[f"{NAMES[q]}-{NAMES[r]}" for q, r in PAIRS])
 @pytest.mark.parametrize(("B", "N", "D", "k"), SHAPES, ids=[f"B{b}-N{n}-D{d}-k{k}" for b, n, d, k in SHAPES])
 def test_matches_the_reference(B: int, N: int, D: int, k: int, query_dtype: torch.dtype, dtype: torch.dtype) -> None:
-    if INTERPRETED and B > 16 and query_dtype != dtype:
-        pytest.skip("the interpreter is slow; smaller shapes mix the types too")
+    if INTERPRETED and B > 16 and query_dtype != torch.float16:
+        pytest.skip("the interpreter is slow; smaller shapes have the other types")
     query, rows = unit(B, D, dtype=query_dtype), unit(N, D, seed=1, dtype=dtype)
     exclude = torch.randint(-1, N, (B, 3), generator=torch.Generator().manual_seed(0)) if N > 1 else None
     found, wanted = both(query, rows, k=k, positive=torch.arange(B) % N, temperature=0.1, exclude=exclude)
