@@ -228,15 +228,15 @@ VSR1_TARGET static inline void score_tile(
     Sum total[kTileQueries][Count] = {};
     int64_t d = 0;
     for (; d + Rows::kStep <= size; d += Rows::kStep) {
+        if (Fetch && d % (64 / sizeof(*row[0])) == 0) {  // a cache line at a time
+#pragma GCC unroll 16
+            for (int i = 0; i < Count; ++i) __builtin_prefetch(reinterpret_cast<const char*>(row[i] + d) + ahead, 0, 2);
+        }
 #pragma GCC unroll 2
         for (int part = 0; part < Rows::kParts; ++part) {
             decltype(Rows::part(Raw{}, 0)) value[Count];
 #pragma GCC unroll 16
-            for (int i = 0; i < Count; ++i) {
-                value[i] = Rows::part(load<Raw>(row[i] + d), part);
-                if (Fetch && part == 0)
-                    __builtin_prefetch(reinterpret_cast<const char*>(row[i] + d) + ahead, 0, 2);
-            }
+            for (int i = 0; i < Count; ++i) value[i] = Rows::part(load<Raw>(row[i] + d), part);
 #pragma GCC unroll 4
             for (int q = 0; q < Tile; ++q) {
                 auto component = Rows::query(query + q * query_stride + d, part);
