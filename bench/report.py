@@ -80,9 +80,9 @@ def _times(line: Measurement, peer: str) -> str:
 
 def remarks(lines: Sequence[Measurement]) -> Iterator[str]:
     """Why goals are missed, and why peers are absent: list items."""
-    for line in lines:
-        if line.note and any(goal.shortfall for goal in line.goals):
-            yield f"- {line.case}: {line.note}"
+    missed = [line for line in lines if line.note and any(goal.shortfall for goal in line.goals)]
+    for note in dict.fromkeys(line.note for line in missed):
+        yield f"- missed, {'; '.join(line.case for line in missed if line.note == note)}: {note}"
     absent = {f"{name}: {why}" for line in lines for name, why in line.absent.items()}
     yield from (f"- absent, {reason}" for reason in sorted(absent))
 
