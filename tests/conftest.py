@@ -25,9 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config: pytest.Config) -> None:
     """Turns to bench/ if asked to. UsageError without pytest-benchmark, or where processes would disturb each other."""
-    if (
-        "PYTEST_XDIST_WORKER" in os.environ
-    ):  # a worker a core: more threads, also of the programs they run, only get in the way
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # A worker a core: more threads, also of the programs they run, only get in the way.
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
     if not config.option.benchmark:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def test_a_table_shows_ratios_and_leaves_out_empty_columns() -> None:
 
 def test_remarks_say_why_but_not_of_goals_that_are_met() -> None:
     told = Measurement("small", 1.0, goals=[Goal("ms", 2.0, 1.0)], note="never shown")
-    assert list(report.remarks([told, MISSED])) == [
-        "- large: the product is bound by arithmetic",
+    larger = dataclasses.replace(MISSED, case="larger")
+    assert list(report.remarks([told, MISSED, larger])) == [
+        "- missed, large; larger: the product is bound by arithmetic",
         "- absent, USearch: pip install usearch",
     ]
 
