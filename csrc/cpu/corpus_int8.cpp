@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "aligned.h"
 #include "best.h"
 #include "instruction_sets.h"
 #include "vsr1/corpus_scan.h"
@@ -127,7 +128,7 @@ class Int8Sweep {
             exclude.push_back(excluded(first + q));
         }
         const Queries<int16_t> integers{packed_.data() + first * stride_, queries, stride_};
-        std::vector<int32_t> products(round_up(queries, kTileQueries) * kBlockRows);
+        Aligned<int32_t> products(round_up(queries, kTileQueries) * kBlockRows);
         Block block;
         block.dim = task_.rows.dim;
         block.stride = task_.code_stride;
@@ -245,7 +246,7 @@ class Int8Sweep {
     const Int8Output& output_;
     const Kernels& kernels_;
     const int64_t stride_;
-    std::vector<int16_t> packed_;  // (padded queries, stride)
+    Aligned<int16_t> packed_;      // (padded queries, stride)
     std::vector<Bound> bounds_;    // (queries)
     std::vector<float> floor_;     // (queries of a group): upper bounds up to it are of no interest
 };

@@ -12,6 +12,7 @@
 #include <memory>
 #include <vector>
 
+#include "aligned.h"
 #include "best.h"
 #include "instruction_sets.h"
 #include "vsr1/parallel.h"
@@ -34,13 +35,15 @@ struct Seen {
 struct Part {
     std::vector<Seen> seen;            // (queries)
     std::unique_ptr<Entry<float>[]> entries;  // (queries, k)
-    std::vector<float> direction;      // (padded queries, stride); empty if not asked
+    Aligned<float> direction;          // (padded queries, stride); empty if not asked
 };
 
 class Sweep {
    public:
     Sweep(const ScanTask& task, const ScanOutput& output)
-        : task_(task), output_(output), kernels_(current_kernels()), stride_(round_up(task.rows.dim, 64)) {}
+        : task_(task), output_(output), kernels_(current_kernels()), stride_(round_up(task.rows.dim, 64)) {
+        for (int64_t d = 0; d < task.rows.dim; ++d) position_.push_back(kernels_.position(d, task.rows.bfloat16));
+    }
 
     void run() {
         if (task_.queries == 0) return;
@@ -78,13 +81,11 @@ class Sweep {
         return static_cast<const char*>(task_.rows.data) + id * task_.rows.row_stride * bytes;
     }
 
-    int64_t position(int64_t d) const { return kernels_.position(d, task_.rows.bfloat16); }
-
     // Queries as the kernels read them.
     struct Packed {
         int64_t count;
-        std::vector<float> floats;
-        std::vector<BFloat16> pairs;  // instead, where bfloat16 queries are multiplied as they are
+        Aligned<float> floats;
+        Aligned<BFloat16> pairs;  // instead, where bfloat16 queries are multiplied as they are
     };
 
     Packed pack(int64_t first, int64_t count) const {
@@ -101,7 +102,7 @@ class Sweep {
             packed.floats.resize(size);
             for (int64_t q = 0; q < count; ++q)
                 for (int64_t d = 0; d < task_.rows.dim; ++d)
-                    packed.floats[q * stride_ + position(d)] = query[q * task_.rows.dim + d];
+                    packed.floats[q * stride_ + position_[d]] = query[q * task_.rows.dim + d];
         }
         return packed;
     }
@@ -138,7 +139,7 @@ class Sweep {
 
         const Packed& queries;
         const float* bar;
-        std::vector<float> scores;
+        Aligned<float> scores;
         std::vector<Best<float>> best;
         std::vector<std::vector<int64_t>> exclude;
         Block block;
@@ -293,14 +294,15 @@ class Sweep {
         output_.lse[target] =
             total.mass == 0 ? -kInfinity : float(double(total.peak) / task_.temperature + std::log(total.mass));
         if (!task_.expected) return;
-        float* out = output_.expected + target * task_.rows.dim;
-        std::fill(out, out + task_.rows.dim, 0.0f);
+        Aligned<float> sum(stride_);
         for (size_t p = 0; p < parts.size(); ++p) {
             if (weight[p] == 0) continue;
             const float share = float(weight[p] / total.mass);
             const float* direction = parts[p].direction.data() + q * stride_;
-            for (int64_t d = 0; d < task_.rows.dim; ++d) out[d] += share * direction[position(d)];
+            for (int64_t d = 0; d < stride_; ++d) sum[d] += share * direction[d];
         }
+        float* out = output_.expected + target * task_.rows.dim;
+        for (int64_t d = 0; d < task_.rows.dim; ++d) out[d] = sum[position_[d]];
     }
 
     const ScanTask& task_;
@@ -308,8 +310,9 @@ class Sweep {
     const Kernels& kernels_;
     const int64_t stride_;
     const std::vector<float> zeros_ = std::vector<float>(stride_);
-    Packed packed_;            // all queries
-    std::vector<float> bar_;  // (queries)
+    std::vector<int64_t> position_;  // where a component of a query lies
+    Packed packed_;                  // all queries
+    std::vector<float> bar_;         // (queries)
 };
 
 }  // namespace

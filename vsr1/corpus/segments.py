@@ -70,9 +70,10 @@ def read_segment(folder: Path, segment: Segment, dimension: int, dtype: torch.dt
                     f"{segment.sha256[:12]}..: {way_out}"
                 )
         vectors = load_file(path)["vectors"]
-    except FileNotFoundError as error:
-        raise SegmentMissing(f"segment '{path}' with {segment.rows} vectors is missing: {way_out}") from error
-    except (SafetensorError, KeyError) as error:
+    except (OSError, RuntimeError, SafetensorError, KeyError) as error:
+        # safetensors opens the file twice, and says of a file that vanishes in between (a compaction's) RuntimeError.
+        if isinstance(error, FileNotFoundError) or not path.exists():
+            raise SegmentMissing(f"segment '{path}' with {segment.rows} vectors is missing: {way_out}") from error
         raise CorpusError(f"segment '{path}' cannot be read ({error}): {way_out}") from error
     if vectors.shape != (segment.rows, dimension) or vectors.dtype != dtype:
         raise CorpusError(
