@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 namespace vsr1 {
 
@@ -17,6 +18,17 @@ struct Entry {
 template <typename Score>
 bool better(const Entry<Score>& a, const Entry<Score>& b) {
     return a.score > b.score || (a.score == b.score && a.id < b.id);
+}
+
+// Writes the best k of the entries, best first; -infinity and -1 where they are fewer.
+template <typename Score>
+void write_best(std::vector<Entry<Score>>& entries, int64_t k, float* scores, int64_t* ids) {
+    const int64_t found = std::min<int64_t>(k, entries.size());
+    std::partial_sort(entries.begin(), entries.begin() + found, entries.end(), better<Score>);
+    for (int64_t i = 0; i < k; ++i) {
+        scores[i] = i < found ? float(entries[i].score) : -std::numeric_limits<float>::infinity();
+        ids[i] = i < found ? entries[i].id : -1;
+    }
 }
 
 // A heap in `storage`, which has room for k entries, with the worst kept in front.

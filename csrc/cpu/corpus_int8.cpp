@@ -8,12 +8,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
-#include <memory>
 #include <vector>
 
 #include "aligned.h"
 #include "best.h"
+#include "exclusion.h"
 #include "instruction_sets.h"
 #include "vsr1/corpus_scan.h"
 #include "vsr1/parallel.h"
@@ -40,7 +41,11 @@ using Part = std::vector<Shortlist>;  // (queries)
 class Int8Sweep {
    public:
     Int8Sweep(const Int8Task& task, const Int8Output& output)
-        : task_(task), output_(output), kernels_(current_kernels()), stride_(round_up(task.rows.dim, 64)) {}
+        : task_(task),
+          output_(output),
+          kernels_(current_kernels()),
+          stride_(round_up(task.rows.dim, 64)),
+          exclusion_(task.exclude, task.queries, task.exclude_width) {}
 
     void run() {
         quantize_queries();
@@ -71,14 +76,10 @@ class Int8Sweep {
     }
 
    private:
-    static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
     const float* query(int64_t q) const { return task_.query + q * task_.rows.dim; }
 
     double exact(int64_t q, int64_t id) const {
-        const int64_t bytes = task_.rows.bfloat16 ? 2 : 4;
-        const char* row = static_cast<const char*>(task_.rows.data) + id * task_.rows.row_stride * bytes;
-        return kernels_.score_exactly(query(q), row, task_.rows.dim, task_.rows.bfloat16);
+        return kernels_.score_exactly(query(q), task_.rows.row(id), task_.rows.dim, task_.rows.bfloat16);
     }
 
     // Queries as integers that fit 14 bits, fewer where the sum of dim products with int8 would not fit 32.
@@ -110,22 +111,12 @@ class Int8Sweep {
         if (kernels_.arrange_integers) kernels_.arrange_integers(packed_.data(), task_.queries, stride_);
     }
 
-    // The excluded rows of a query, ascending.
-    std::vector<int64_t> excluded(int64_t q) const {
-        if (!task_.exclude) return {};
-        std::vector<int64_t> ids(task_.exclude + q * task_.exclude_width, task_.exclude + (q + 1) * task_.exclude_width);
-        std::sort(ids.begin(), ids.end());
-        return ids;
-    }
-
     Part sweep(int64_t first, int64_t queries, int64_t begin, int64_t end) const {
         Part part(queries);
         std::vector<Best<float>> best;
-        std::vector<std::vector<int64_t>> exclude;
         for (int64_t q = 0; q < queries; ++q) {
             part[q].lower.resize(task_.k);
             best.emplace_back(part[q].lower.data(), task_.k);
-            exclude.push_back(excluded(first + q));
         }
         const Queries<int16_t> integers{packed_.data() + first * stride_, queries, stride_};
         Aligned<int32_t> products(round_up(queries, kTileQueries) * kBlockRows);
@@ -145,8 +136,7 @@ class Int8Sweep {
                 if (part[q].overflowed || !kernels_.bound_block(
                         products.data() + q * kBlockRows, scales, residuals, bounds_[first + q], bar, lower, upper))
                     continue;
-                auto id = std::lower_bound(exclude[q].begin(), exclude[q].end(), row);
-                for (; id != exclude[q].end() && *id < row + block.count; ++id) lower[*id - row] = upper[*id - row] = -kInfinity;
+                exclusion_.each(first + q, row, block.count, [&](int64_t i) { lower[i] = upper[i] = -kInfinity; });
                 for (int i = 0; i < block.count; ++i) {
                     if (upper[i] <= bar) continue;
                     part[q].rows.push_back({upper[i], row + i});
@@ -205,7 +195,6 @@ class Int8Sweep {
 
     // Every row in float64, for one query.
     void score_all(int64_t q) const {
-        const std::vector<int64_t> exclude = excluded(q);
         const int64_t count = std::clamp<int64_t>(task_.rows.count / 1024, 1, 64);
         std::vector<std::vector<Entry<double>>> kept(count);
         std::vector<int64_t> nan_counts(count), scored(count);
@@ -213,7 +202,7 @@ class Int8Sweep {
             kept[p].resize(task_.k);
             Best<double> best(kept[p].data(), task_.k);
             for (int64_t id = task_.rows.count * p / count; id < task_.rows.count * (p + 1) / count; ++id) {
-                if (std::binary_search(exclude.begin(), exclude.end(), id)) continue;
+                if (exclusion_.holds(q, id)) continue;
                 const double score = exact(q, id);
                 ++scored[p];
                 nan_counts[p] += std::isnan(score);
@@ -232,12 +221,7 @@ class Int8Sweep {
     }
 
     void write(std::vector<Entry<double>>& entries, int64_t rescored, int64_t nan_count, int64_t q) const {
-        const int64_t found = std::min<int64_t>(task_.k, entries.size());
-        std::partial_sort(entries.begin(), entries.begin() + found, entries.end(), better<double>);
-        for (int64_t i = 0; i < task_.k; ++i) {
-            output_.scores[q * task_.k + i] = i < found ? float(entries[i].score) : -kInfinity;
-            output_.ids[q * task_.k + i] = i < found ? entries[i].id : -1;
-        }
+        write_best(entries, task_.k, output_.scores + q * task_.k, output_.ids + q * task_.k);
         output_.nan_count[q] = nan_count;
         output_.rescored[q] = rescored;
     }
@@ -246,9 +230,10 @@ class Int8Sweep {
     const Int8Output& output_;
     const Kernels& kernels_;
     const int64_t stride_;
-    Aligned<int16_t> packed_;      // (padded queries, stride)
-    std::vector<Bound> bounds_;    // (queries)
-    std::vector<float> floor_;     // (queries of a group): upper bounds up to it are of no interest
+    const Exclusion exclusion_;
+    Aligned<int16_t> packed_;    // (padded queries, stride)
+    std::vector<Bound> bounds_;  // (queries)
+    std::vector<float> floor_;   // (queries of a group): upper bounds up to it are of no interest
 };
 
 }  // namespace

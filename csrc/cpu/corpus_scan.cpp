@@ -14,6 +14,7 @@
 
 #include "aligned.h"
 #include "best.h"
+#include "exclusion.h"
 #include "instruction_sets.h"
 #include "vsr1/parallel.h"
 
@@ -33,15 +34,19 @@ struct Seen {
 
 // What a part's sweep leaves behind.
 struct Part {
-    std::vector<Seen> seen;            // (queries)
+    std::vector<Seen> seen;                   // (queries)
     std::unique_ptr<Entry<float>[]> entries;  // (queries, k)
-    Aligned<float> direction;          // (padded queries, stride); empty if not asked
+    Aligned<float> direction;                 // (padded queries, stride); empty if not asked
 };
 
 class Sweep {
    public:
     Sweep(const ScanTask& task, const ScanOutput& output)
-        : task_(task), output_(output), kernels_(current_kernels()), stride_(round_up(task.rows.dim, 64)) {
+        : task_(task),
+          output_(output),
+          kernels_(current_kernels()),
+          stride_(round_up(task.rows.dim, 64)),
+          exclusion_(task.exclude, task.queries, task.exclude_width) {
         for (int64_t d = 0; d < task.rows.dim; ++d) position_.push_back(kernels_.position(d, task.rows.bfloat16));
     }
 
@@ -74,13 +79,6 @@ class Sweep {
     }
 
    private:
-    static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-    const void* row(int64_t id) const {
-        const int64_t bytes = task_.rows.bfloat16 ? 2 : 4;
-        return static_cast<const char*>(task_.rows.data) + id * task_.rows.row_stride * bytes;
-    }
-
     // Queries as the kernels read them.
     struct Packed {
         int64_t count;
@@ -124,13 +122,6 @@ class Sweep {
             part.entries = std::make_unique_for_overwrite<Entry<float>[]>(count * task.k);
             if (task.expected) part.direction.assign(round_up(count, kTileQueries) * sweep.stride_, 0.0f);
             for (int64_t q = 0; q < count; ++q) best.emplace_back(part.entries.get() + q * task.k, task.k);
-            if (task.exclude) {
-                for (int64_t q = first; q < first + count; ++q) {
-                    const int64_t* ids = task.exclude + q * task.exclude_width;
-                    std::vector<int64_t>& sorted = exclude.emplace_back(ids, ids + task.exclude_width);
-                    std::sort(sorted.begin(), sorted.end());
-                }
-            }
             block.dim = task.rows.dim;
             block.bfloat16 = task.rows.bfloat16;
             block.stride = task.candidates_width < 0 ? task.rows.row_stride : 0;
@@ -141,13 +132,12 @@ class Sweep {
         const float* bar;
         Aligned<float> scores;
         std::vector<Best<float>> best;
-        std::vector<std::vector<int64_t>> exclude;
         Block block;
         Part part;
     };
 
     void add_row(Work& work, int64_t id) const {
-        work.block.rows[work.block.count] = row(id);
+        work.block.rows[work.block.count] = task_.rows.row(id);
         work.block.ids[work.block.count] = id;
         if (++work.block.count == kBlockRows) take_block(work);
     }
@@ -178,7 +168,7 @@ class Sweep {
         float score = std::numeric_limits<float>::quiet_NaN();
         if (task_.positive[q] >= 0) {
             Block block;
-            block.rows[0] = row(task_.positive[q]);
+            block.rows[0] = task_.rows.row(task_.positive[q]);
             block.count = 1;
             block.dim = task_.rows.dim;
             block.stride = 0;
@@ -199,7 +189,8 @@ class Sweep {
             float* score = work.scores.data() + q * kBlockRows;
             Seen& seen = work.part.seen[q];
             std::fill(score + block.count, score + kBlockRows, -kInfinity);
-            if (!work.exclude.empty()) leave_out(work.exclude[q], block, score);
+            // Only whole sweeps exclude, and there a block's rows follow each other.
+            if (task_.exclude) exclusion_.each(q, block.ids[0], block.count, [&](int64_t i) { score[i] = -kInfinity; });
             const BlockSummary summary = kernels_.summarise(score, work.bar[q]);
             seen.nan_count += summary.nan_count;
             seen.greater += summary.greater;
@@ -213,12 +204,6 @@ class Sweep {
         if (task_.expected)
             kernels_.add_block(work.queries.count, stride_, work.scores.data(), block, work.part.direction.data());
         block.count = 0;
-    }
-
-    // Only whole sweeps exclude, and there a block's rows follow each other.
-    static void leave_out(const std::vector<int64_t>& exclude, const Block& block, float* score) {
-        auto id = std::lower_bound(exclude.begin(), exclude.end(), block.ids[0]);
-        for (; id != exclude.end() && *id < block.ids[0] + block.count; ++id) score[*id - block.ids[0]] = -kInfinity;
     }
 
     // A row with a NaN or an infinity has such a score with every query, and weight 0 or NaN in the softmax. Zeros take its
@@ -255,8 +240,8 @@ class Sweep {
     // Enough parts for many threads, fewer where what a part keeps is large: 64 MiB together, unless 16 parts are more.
     int64_t part_count(int64_t blocks) const {
         constexpr int64_t kBytes = 64 << 20, kFewest = 16, kMost = 256, kBlocksInPart = 16;
-        const int64_t bytes =
-            task_.queries * (task_.k * sizeof(Entry<float>) + sizeof(Seen)) + (task_.expected ? round_up(task_.queries, kTileQueries) * stride_ * sizeof(float) : 0);
+        const int64_t direction = task_.expected ? round_up(task_.queries, kTileQueries) * stride_ * sizeof(float) : 0;
+        const int64_t bytes = task_.queries * (task_.k * sizeof(Entry<float>) + sizeof(Seen)) + direction;
         const int64_t affordable = std::clamp(kBytes / std::max<int64_t>(bytes, 1), kFewest, kMost);
         return std::clamp<int64_t>(blocks / kBlocksInPart, 1, affordable);
     }
@@ -273,12 +258,7 @@ class Sweep {
             total.greater += seen.greater;
             total.peak = std::max(total.peak, seen.peak);
         }
-        const int64_t found = std::min<int64_t>(task_.k, entries.size());
-        std::partial_sort(entries.begin(), entries.begin() + found, entries.end(), better<float>);
-        for (int64_t i = 0; i < task_.k; ++i) {
-            output_.scores[target * task_.k + i] = i < found ? entries[i].score : -kInfinity;
-            output_.ids[target * task_.k + i] = i < found ? entries[i].id : -1;
-        }
+        write_best(entries, task_.k, output_.scores + target * task_.k, output_.ids + target * task_.k);
         output_.nan_count[target] = total.nan_count;
         if (task_.positive) output_.rank[target] = task_.positive[target] < 0 ? -1 : total.greater + 1;
         if (task_.temperature > 0) merge_mass(parts, q, target, total);
@@ -309,6 +289,7 @@ class Sweep {
     const ScanOutput& output_;
     const Kernels& kernels_;
     const int64_t stride_;
+    const Exclusion exclusion_;
     const std::vector<float> zeros_ = std::vector<float>(stride_);
     std::vector<int64_t> position_;  // where a component of a query lies
     Packed packed_;                  // all queries

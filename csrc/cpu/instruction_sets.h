@@ -11,6 +11,8 @@ constexpr int kQueryGroup = 16;   // queries that matrix registers take together
 constexpr int kBlockRows = 48;    // a multiple of every tile and register; 48 rows of 2048 bfloat16 are 192 KiB, within L2
 constexpr int64_t kPanel = 1024;  // components of the queries and rows that are near at a time
 
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 struct BFloat16 {
     uint16_t bits;
 };

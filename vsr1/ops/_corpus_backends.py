@@ -73,9 +73,7 @@ def _(
     positive: Tensor | None,
     temperature: float | None,
     expected: bool,
-    exclude: Tensor | None,
-    candidates: Tensor | None,
-    backend: str,
+    *_: Any,
 ) -> Outputs:
     return new_outputs(query, k, positive, temperature, expected)
 
@@ -124,9 +122,14 @@ def _query_gradient(
     if len(rows) and positive_score is not None and positive is not None:
         gradient = gradient + positive_score[:, None] * rows[positive.clamp(min=0)].float()
     if len(rows) and scores is not None:
-        weights = scores.masked_fill(ids < 0, 0.0)
-        gradient = gradient + torch.bmm(weights[:, None], rows[ids.clamp(min=0)].float())[:, 0]
+        gradient = gradient + scores_gradient(scores, ids, rows)
     return gradient.to(ctx.query_dtype), None, None, None, None, None, None, None, None
+
+
+def scores_gradient(scores: Tensor, ids: Tensor, rows: Tensor) -> Tensor:
+    """The gradient (B, D) float32 in the query, given that in the scores (B, k) of the rows `ids`; -1 has none."""
+    weights = scores.masked_fill(ids < 0, 0.0)
+    return torch.bmm(weights[:, None], rows[ids.clamp(min=0)].float())[:, 0]
 
 
 torch.library.register_autograd("vsr1::corpus_scan", _query_gradient, setup_context=_remember)

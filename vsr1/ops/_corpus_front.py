@@ -192,9 +192,7 @@ def _(
     positive: Tensor | None,
     temperature: float | None,
     expected: bool,
-    exclude: Tensor | None,
-    candidates: Tensor | None,
-    backend: str,
+    *_: Any,
 ) -> RefinedOutputs:
     query = base.new_empty((base.shape[0], dim))
     return query, *backends.new_outputs(query, k, positive, temperature, expected)

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vsr1.ops._corpus_backends import BLOCK_ELEMENTS, NEGATIVE_INFINITY, usable_rows
+from vsr1.ops._corpus_backends import BLOCK_ELEMENTS, NEGATIVE_INFINITY, new_outputs, scores_gradient, usable_rows
 from vsr1.ops._dispatch import Backend, cpu_only, cuda_only, extension_missing, register, resolve, triton_missing
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
 
 torch.library.define(
     "vsr1::corpus_scan_int8",
@@ -47,16 +46,7 @@ def _sweep(
 
 
 @torch.library.register_fake("vsr1::corpus_scan_int8")
-def _(
-    query: Tensor,
-    rows: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    residuals: Tensor,
-    k: int,
-    exclude: Tensor | None,
-    backend: str,
-) -> Outputs:
+def _(query: Tensor, rows: Tensor, codes: Tensor, scales: Tensor, residuals: Tensor, k: int, *_: Any) -> Outputs:
     return _new_outputs(query, k)
 
 
@@ -73,8 +63,7 @@ def _query_gradient(ctx: Any, scores: Tensor | None, *_: None) -> tuple[Tensor |
     if scores is None or not len(rows):
         gradient = torch.zeros((len(ids), rows.shape[1]), device=rows.device)
     else:
-        weights = scores.masked_fill(ids < 0, 0.0)
-        gradient = torch.bmm(weights[:, None], rows[ids.clamp(min=0)].float())[:, 0]
+        gradient = scores_gradient(scores, ids, rows)
     return gradient.to(ctx.query_dtype), None, None, None, None, None, None, None
 
 
@@ -82,10 +71,8 @@ torch.library.register_autograd("vsr1::corpus_scan_int8", _query_gradient, setup
 
 
 def _new_outputs(query: Tensor, k: int) -> Outputs:
-    count = len(query)
-    counts = [torch.empty(count, dtype=torch.int64, device=query.device) for _ in range(3)]
-    scores = torch.empty((count, k), dtype=torch.float32, device=query.device)
-    return scores, torch.empty((count, k), dtype=torch.int64, device=query.device), counts[0], counts[1], counts[2]
+    scores, ids, nan_count, *_ = new_outputs(query, k, None, None, False)
+    return scores, ids, nan_count, torch.empty_like(nan_count), torch.empty_like(nan_count)
 
 
 def _reference(

@@ -95,9 +95,9 @@ def scan(
     asked = _asked(query.shape[0], matrix, k, positive, temperature, exclude, candidates, backend)
     if matrix.quantized is not None and positive is None and temperature is None and candidates is None:
         codes = matrix.quantized
-        exclude = _rows_argument("exclude", exclude, query.shape[0], 2, matrix.device)
+        *_, left_out, _, _ = asked
         scores, ids, nan_count, rescored, fallbacks = corpus_scan_int8(
-            query, matrix.rows, codes.codes, codes.scales, codes.residuals, k, exclude, backend
+            query, matrix.rows, codes.codes, codes.scales, codes.residuals, k, left_out, backend
         )
         return ScanResult(scores, ids, nan_count, rescored=rescored, fallbacks=fallbacks)
     return _result(corpus_scan(query, *asked), asked)

@@ -14,6 +14,8 @@ struct RowsView {
     int64_t dim;
     int64_t row_stride;  // in elements
     bool bfloat16;
+
+    const void* row(int64_t i) const { return static_cast<const char*>(data) + i * row_stride * (bfloat16 ? 2 : 4); }
 };
 
 struct ScanTask {
