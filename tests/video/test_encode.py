@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,28 @@ def test_comes_back_the_same(tmp_path: Path, fps: float) -> None:
 def test_same_frames_same_bytes(tmp_path: Path) -> None:
     first = encode(tmp_path / "a.mp4", gradient(), 2).read_bytes()
     assert encode(tmp_path / "b.mp4", torch.from_numpy(gradient()), 2).read_bytes() == first
+
+
+def test_two_processes_may_write_the_same_file(tmp_path: Path) -> None:
+    # As when a job is killed and started again while a worker of the old one ends its last video.
+    path, pixels = tmp_path / "a.mp4", gradient()
+    child = os.fork()
+    if child == 0:
+        failed = 1
+        try:
+            for _ in range(100):
+                encode(path, pixels, 2)
+            failed = 0
+        finally:
+            os._exit(failed)
+    try:
+        for _ in range(100):
+            encode(path, pixels, 2)
+    finally:
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status == 0
+    assert path.read_bytes() == encode(tmp_path / "b.mp4", pixels, 2).read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "b.mp4"]
 
 
 def test_colours_survive(tmp_path: Path) -> None:

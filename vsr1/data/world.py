@@ -197,6 +197,8 @@ def build(
         missing = [item for item in placed if (item.split, f"{item.scene.video_id}.mp4") not in present]
         _render_all(root, config, missing, len(placed), progress)
         if not (root / MARK).exists():
+            for leftover in (root / "videos").glob("*/.*.tmp"):  # of workers that were killed
+                leftover.unlink(missing_ok=True)
             _write_truth(root, config, seed, placed)
             os.replace(root / UNFINISHED_MARK, root / MARK)
     except OSError as error:

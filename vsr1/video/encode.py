@@ -43,7 +43,8 @@ def encode(path: str | os.PathLike[str], pixels: ArrayLike, fps: float) -> Path:
     if not 0 < fps <= 1000:
         raise ValueError(f"fps must be above 0 and at most 1000, got {fps}")
     target = Path(path)
-    aside = target.with_name(f".{target.name}.tmp")
+    # A name of this process' own: a worker that has outlived its killed job may be writing the same file.
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         aside.write_bytes(_mux(frames, fps))
         os.replace(aside, target)
