@@ -36,7 +36,7 @@ struct Seen {
 struct Part {
     std::vector<Seen> seen;                   // (queries)
     std::unique_ptr<Entry<float>[]> entries;  // (queries, k)
-    Aligned<float> direction;                 // (padded queries, stride); empty if not asked
+    Aligned<float> direction;                 // (columns, queries, column); empty if not asked
 };
 
 class Sweep {
@@ -46,6 +46,7 @@ class Sweep {
           output_(output),
           kernels_(current_kernels()),
           stride_(round_up(task.rows.dim, 64)),
+          layout_(choose_layout()),
           exclusion_(task.exclude, task.queries, task.exclude_width) {
         for (int64_t d = 0; d < task.rows.dim; ++d) position_.push_back(kernels_.position(d, task.rows.bfloat16));
     }
@@ -79,6 +80,16 @@ class Sweep {
     }
 
    private:
+    // How queries are laid out, and thereby which kernel scores them. One for the whole sweep, so that a row's score is the same
+    // wherever it is computed.
+    enum class Layout { kPlain, kMany, kPairs };
+
+    Layout choose_layout() const {
+        if (kernels_.score_pairs && task_.query_bfloat16 && task_.rows.bfloat16) return Layout::kPairs;
+        const bool together = task_.candidates_width < 0;
+        return together && task_.queries >= kernels_.many_queries ? Layout::kMany : Layout::kPlain;
+    }
+
     // Queries as the kernels read them.
     struct Packed {
         int64_t count;
@@ -90,7 +101,7 @@ class Sweep {
         Packed packed{count, {}, {}};
         const float* query = task_.query + first * task_.rows.dim;
         const int64_t size = round_up(count, kQueryGroup) * stride_;
-        if (kernels_.score_pairs && task_.query_bfloat16 && task_.rows.bfloat16) {
+        if (layout_ == Layout::kPairs) {
             packed.pairs.resize(size);
             for (int64_t q = 0; q < count; ++q)
                 for (int64_t d = 0; d < task_.rows.dim; ++d)
@@ -98,18 +109,22 @@ class Sweep {
             if (kernels_.arrange_pairs) kernels_.arrange_pairs(packed.pairs.data(), count, stride_);
         } else {
             packed.floats.resize(size);
-            for (int64_t q = 0; q < count; ++q)
-                for (int64_t d = 0; d < task_.rows.dim; ++d)
-                    packed.floats[q * stride_ + position_[d]] = query[q * task_.rows.dim + d];
+            const int64_t lanes = layout_ == Layout::kMany ? kernels_.lanes : 1;
+            for (int64_t q = 0; q < count; ++q) {
+                float* group = packed.floats.data() + q / lanes * lanes * stride_ + q % lanes;
+                for (int64_t d = 0; d < task_.rows.dim; ++d) group[position_[d] * lanes] = query[q * task_.rows.dim + d];
+            }
         }
         return packed;
     }
 
     void score_block(const Packed& packed, const Block& block, float* out) const {
-        if (packed.pairs.empty())
-            kernels_.score_block({packed.floats.data(), packed.count, stride_}, block, out);
-        else
+        if (layout_ == Layout::kPairs)
             kernels_.score_pairs({packed.pairs.data(), packed.count, stride_}, block, out);
+        else if (layout_ == Layout::kMany)
+            kernels_.score_many({packed.floats.data(), packed.count, stride_}, block, out);
+        else
+            kernels_.score_block({packed.floats.data(), packed.count, stride_}, block, out);
     }
 
     // One part in the making: the queries it serves, from `first` on, its result so far, and scratch.
@@ -118,9 +133,10 @@ class Sweep {
             : queries(packed), bar(sweep.bar_.data() + first), scores(round_up(packed.count, kTileQueries) * kBlockRows) {
             const ScanTask& task = sweep.task_;
             const int64_t count = packed.count;
+            scales.resize(count);
             part.seen.resize(count);
             part.entries = std::make_unique_for_overwrite<Entry<float>[]>(count * task.k);
-            if (task.expected) part.direction.assign(round_up(count, kTileQueries) * sweep.stride_, 0.0f);
+            if (task.expected) part.direction.assign(count * sweep.stride_, 0.0f);
             for (int64_t q = 0; q < count; ++q) best.emplace_back(part.entries.get() + q * task.k, task.k);
             block.dim = task.rows.dim;
             block.bfloat16 = task.rows.bfloat16;
@@ -131,6 +147,7 @@ class Sweep {
         const Packed& queries;
         const float* bar;
         Aligned<float> scores;
+        std::vector<float> scales;  // of the directions, before a block is added
         std::vector<Best<float>> best;
         Block block;
         Part part;
@@ -199,10 +216,10 @@ class Sweep {
                 for (int i = 0; i < block.count; ++i)
                     if (score[i] > best.threshold()) best.add(score[i], block.ids[i]);
             if (task_.temperature > 0)
-                take_mass(summary.highest, score, seen, task_.expected ? work.part.direction.data() + q * stride_ : nullptr);
+                take_mass(summary.highest, score, work, q);
         }
         if (task_.expected)
-            kernels_.add_block(work.queries.count, stride_, work.scores.data(), block, work.part.direction.data());
+            kernels_.add_block(work.queries.count, work.scales.data(), work.scores.data(), block, work.part.direction.data());
         block.count = 0;
     }
 
@@ -222,7 +239,9 @@ class Sweep {
     }
 
     // Turns a block's scores into weights relative to the query's peak, which may rise, and adds them to its mass.
-    void take_mass(float highest, float* score, Seen& seen, float* direction) const {
+    void take_mass(float highest, float* score, Work& work, int64_t q) const {
+        Seen& seen = work.part.seen[q];
+        work.scales[q] = 1.0f;
         if (highest == -kInfinity) {
             std::fill(score, score + kBlockRows, 0.0f);
             return;
@@ -230,8 +249,7 @@ class Sweep {
         if (highest > seen.peak) {
             const double shrink = std::exp((double(seen.peak) - highest) / task_.temperature);
             seen.mass *= shrink;
-            if (direction)
-                for (int64_t d = 0; d < stride_; ++d) direction[d] *= float(shrink);
+            work.scales[q] = float(shrink);
             seen.peak = highest;
         }
         seen.mass += kernels_.soften(score, seen.peak, task_.temperature);
@@ -240,7 +258,7 @@ class Sweep {
     // Enough parts for many threads, fewer where what a part keeps is large: 64 MiB together, unless 16 parts are more.
     int64_t part_count(int64_t blocks) const {
         constexpr int64_t kBytes = 64 << 20, kFewest = 16, kMost = 256, kBlocksInPart = 16;
-        const int64_t direction = task_.expected ? round_up(task_.queries, kTileQueries) * stride_ * sizeof(float) : 0;
+        const int64_t direction = task_.expected ? task_.queries * stride_ * sizeof(float) : 0;
         const int64_t bytes = task_.queries * (task_.k * sizeof(Entry<float>) + sizeof(Seen)) + direction;
         const int64_t affordable = std::clamp(kBytes / std::max<int64_t>(bytes, 1), kFewest, kMost);
         return std::clamp<int64_t>(blocks / kBlocksInPart, 1, affordable);
@@ -278,8 +296,10 @@ class Sweep {
         for (size_t p = 0; p < parts.size(); ++p) {
             if (weight[p] == 0) continue;
             const float share = float(weight[p] / total.mass);
-            const float* direction = parts[p].direction.data() + q * stride_;
-            for (int64_t d = 0; d < stride_; ++d) sum[d] += share * direction[d];
+            for (int64_t begin = 0; begin < stride_; begin += column_) {
+                const float* column = parts[p].direction.data() + begin * parts[p].seen.size() + q * column_;
+                for (int64_t d = 0; d < column_; ++d) sum[begin + d] += share * column[d];
+            }
         }
         float* out = output_.expected + target * task_.rows.dim;
         for (int64_t d = 0; d < task_.rows.dim; ++d) out[d] = sum[position_[d]];
@@ -289,6 +309,8 @@ class Sweep {
     const ScanOutput& output_;
     const Kernels& kernels_;
     const int64_t stride_;
+    const Layout layout_;
+    const int64_t column_ = 2 * kernels_.lanes;  // components that lie together in a direction
     const Exclusion exclusion_;
     const std::vector<float> zeros_ = std::vector<float>(stride_);
     std::vector<int64_t> position_;  // where a component of a query lies

@@ -53,14 +53,18 @@ struct Kernels {
 
     // out (queries, kBlockRows) = the scores of the block's rows.
     void (*score_block)(const Queries<float>&, const Block&, float* out) = nullptr;
+    // The same of queries laid out for it (many.inl); the faster one from so many queries on.
+    void (*score_many)(const Queries<float>&, const Block&, float* out) = nullptr;
+    int64_t many_queries = 0;
     // The same of bfloat16 queries and rows; null where the set has no products of bfloat16.
     void (*score_pairs)(const Queries<BFloat16>&, const Block&, float* out) = nullptr;
     // One query's scores of a block: NaN becomes -inf and is counted, the rest is compared with the positive's.
     BlockSummary (*summarise)(float* scores, float positive_score) = nullptr;
     // scores[i] = exp((scores[i] - peak) / temperature); returns their sum.
     float (*soften)(float* scores, float peak, float temperature) = nullptr;
-    // direction (queries, stride) += weights (queries, kBlockRows) x rows.
-    void (*add_block)(int64_t queries, int64_t stride, const float* weights, const Block&, float* direction) = nullptr;
+    // sums (columns, queries, 2 lanes) = scales (queries) x sums + weights (queries, kBlockRows) x rows, whose components are
+    // cut into columns.
+    void (*add_block)(int64_t queries, const float* scales, const float* weights, const Block&, float* sums) = nullptr;
 
     // out (queries, kBlockRows) = integer products with the block's rows, which are int8.
     void (*multiply_block)(const Queries<int16_t>&, const Block&, int32_t* out) = nullptr;

@@ -61,7 +61,7 @@ VSR1_TARGET static inline V load(const void* p) {
 template <typename V, typename Element>
 VSR1_TARGET static inline V load_tail(const Element* p, int64_t count) {
     Element padded[sizeof(V) / sizeof(Element)] = {};
-    if (count > 0) std::memcpy(padded, p, std::min<int64_t>(count * sizeof(Element), sizeof(V)));
+    std::memcpy(padded, p, std::clamp<int64_t>(count * int64_t(sizeof(Element)), 0, sizeof(V)));
     return load<V>(padded);
 }
 
@@ -419,73 +419,14 @@ VSR1_TARGET static double score_exactly(const float* query, const void* row, int
                     : exact_score(query, static_cast<const float*>(row), dim);
 }
 
-// Adds weights x rows to Steps steps of the directions of Tile queries, from component d on: the accumulators stay in registers
-// while all rows pass. `left` components remain in the rows from d on.
-template <typename Rows, int Tile, int Steps, bool Tail>
-VSR1_TARGET static inline void add_tile(
-    const float* weights, const Block& block, int64_t d, int64_t left, float* direction, int64_t stride) {
-    using Raw = typename Rows::Raw;
-    constexpr int kParts = Rows::kParts;
-    Vector total[Tile][Steps][kParts];
-#pragma GCC unroll 12
-    for (int q = 0; q < Tile; ++q)
-#pragma GCC unroll 12
-        for (int s = 0; s < Steps; ++s)
-#pragma GCC unroll 2
-            for (int part = 0; part < kParts; ++part)
-                total[q][s][part] = Rows::query(direction + q * stride + d + s * Rows::kStep, part);
-    for (int i = 0; i < block.count; ++i) {
-        const auto* row = static_cast<const typename Rows::Element*>(block.rows[i]) + d;
-#pragma GCC unroll 12
-        for (int s = 0; s < Steps; ++s) {
-            const Raw raw = Tail ? load_tail<Raw>(row + s * Rows::kStep, left - s * Rows::kStep) : load<Raw>(row + s * Rows::kStep);
-#pragma GCC unroll 2
-            for (int part = 0; part < kParts; ++part) {
-                const Vector value = Rows::part(raw, part);
-#pragma GCC unroll 12
-                for (int q = 0; q < Tile; ++q)
-                    total[q][s][part] = multiply_add(splat(weights[q * kBlockRows + i]), value, total[q][s][part]);
-            }
-        }
-    }
-#pragma GCC unroll 12
-    for (int q = 0; q < Tile; ++q)
-#pragma GCC unroll 12
-        for (int s = 0; s < Steps; ++s)
-#pragma GCC unroll 2
-            for (int part = 0; part < kParts; ++part)
-                store(direction + q * stride + d + s * Rows::kStep + part * kLanes, total[q][s][part]);
-}
-
-template <typename Rows, int Tile>
-VSR1_TARGET static void add_rows(const float* weights, const Block& block, float* direction, int64_t stride) {
-    constexpr int kSteps = kRegisters / 2 / (Tile * Rows::kParts);
-    int64_t d = 0;
-    for (; d + kSteps * Rows::kStep <= block.dim; d += kSteps * Rows::kStep)
-        add_tile<Rows, Tile, kSteps, false>(weights, block, d, block.dim - d, direction, stride);
-    for (; d < block.dim; d += Rows::kStep)
-        add_tile<Rows, Tile, 1, true>(weights, block, d, block.dim - d, direction, stride);
-}
-
-template <typename Rows>
-VSR1_TARGET static void add(int64_t queries, int64_t stride, const float* weights, const Block& block, float* direction) {
-    int64_t q = 0;
-    const auto next = [&] { return direction + q * stride; };
-    for (; q + 4 <= queries; q += 4) add_rows<Rows, 4>(weights + q * kBlockRows, block, next(), stride);
-    for (; q + 2 <= queries; q += 2) add_rows<Rows, 2>(weights + q * kBlockRows, block, next(), stride);
-    if (q < queries) add_rows<Rows, 1>(weights + q * kBlockRows, block, next(), stride);
-}
-
-VSR1_TARGET static void add_block(int64_t queries, int64_t stride, const float* weights, const Block& block, float* direction) {
-    if (block.bfloat16)
-        add<BFloat16Rows>(queries, stride, weights, block, direction);
-    else
-        add<FloatRows>(queries, stride, weights, block, direction);
-}
+#include "many.inl"
+#include "weighted_sum.inl"
 
 const Kernels kKernels = {
     .lanes = kLanes,
     .score_block = score_block,
+    .score_many = score_many_block,
+    .many_queries = 2 * kLanes,
 #if defined(VSR1_BF16)
     .score_pairs = score_pairs,
 #endif

@@ -197,17 +197,24 @@ def test_threads_and_runs_do_not_change_a_bit(backend: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_score_depends_on_its_query_and_row_alone(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("batches", ["few", "many"])
+def test_a_score_depends_on_its_query_and_row_alone(backend: str, dtype: torch.dtype, batches: str) -> None:
+    """Among batches of few queries, and among those of many: other tiles, but one order of summation for all of them."""
     if backend == "reference":
         pytest.skip("torch's matmul sums in an order that depends on the shape")
-    query, rows = unit(21, 1030, dtype=dtype), unit(50, 1030, seed=1, dtype=dtype)
-    together = scan(query, rows.repeat(2, 1), k=100, backend=backend)
-    for b in (0, 1, 4, 20):
-        for batch in (query[b : b + 1], query[[b, b]], query[[b, 0, 1]], query[[b, *range(8)]]):
-            single = scan(batch, rows, k=50, backend=backend)
-            assert torch.equal(single.scores[0], together.scores[b, ::2])
-            assert torch.equal(single.ids[0], together.ids[b, ::2])
-            assert torch.equal(single.ids[0] + 50, together.ids[b, 1::2])
+    query, rows = unit(85, 1030, dtype=dtype), unit(50, 1030, seed=1, dtype=dtype)
+    # How many other queries are in the batch; 32 are many for every instruction set.
+    beside = {"few": [0, 1, 2, 6], "many": [32, 33, 53, 84]}[batches]
+    together = scan(query[: beside[-1] + 1], rows.repeat(2, 1), k=100, backend=backend)
+    for b in (0, 1, 5):
+        for others in beside:
+            at = others // 2
+            batch = torch.cat([query[10 : 10 + at], query[b : b + 1], query[30 : 30 + others - at]])
+            single = scan(batch, rows, k=50, backend=backend, positive=torch.arange(others + 1) % 50)
+            assert torch.equal(single.scores[at], together.scores[b, ::2])
+            assert torch.equal(single.ids[at], together.ids[b, ::2])
+            assert torch.equal(single.ids[at] + 50, together.ids[b, 1::2])
+            assert (single.scores[at] == single.positive_score[at]).any()
 
 
 def test_non_finite_rows_and_queries(backend: str) -> None:

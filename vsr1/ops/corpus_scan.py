@@ -9,6 +9,10 @@ Which rows count. The *selectable* rows of a query are all rows, or its `candida
 whose score is NaN (`nan_count` says how many). Top-k, rank, lse and expected all run over exactly these; a true row
 need not be selectable to have a score and a rank, and it never counts against itself. Equal scores: lower id first. A
 score of -inf is never selected, a score of +inf makes lse and expected NaN. Scores are accumulated in float32.
+
+On the CPU a score depends on its query and its row alone, not on where they stand or on the number of threads; only
+between small batches and large ones (from 8, 16 or 32 queries on, by instruction set), which are summed in another
+order, may the last bits differ.
 """
 
 from __future__ import annotations
