@@ -45,6 +45,7 @@ class Int8Sweep {
           output_(output),
           kernels_(current_kernels()),
           stride_(round_up(task.rows.dim, 64)),
+          many_(kernels_.multiply_many && task.queries >= kernels_.many_queries),
           exclusion_(task.exclude, task.queries, task.exclude_width) {}
 
     void run() {
@@ -82,6 +83,13 @@ class Int8Sweep {
         return kernels_.score_exactly(query(q), task_.rows.row(id), task_.rows.dim, task_.rows.bfloat16);
     }
 
+    // Where component d of query q lies among the packed ones.
+    int64_t place(int64_t q, int64_t d) const {
+        if (!many_) return q * stride_ + d;
+        const int64_t lanes = kernels_.lanes;
+        return q / lanes * lanes * stride_ + d / 2 * 2 * lanes + q % lanes * 2 + d % 2;
+    }
+
     // Queries as integers that fit 14 bits, fewer where the sum of dim products with int8 would not fit 32.
     void quantize_queries() {
         const int64_t dim = task_.rows.dim;
@@ -100,7 +108,7 @@ class Int8Sweep {
             for (int64_t d = 0; d < dim && finite; ++d) {
                 const double value = query(q)[d];
                 const double integer = scale == 0.0f ? 0.0 : std::clamp(std::nearbyint(value / scale), -limit, limit);
-                packed_[q * stride_ + d] = int16_t(integer);
+                packed_[place(q, d)] = int16_t(integer);
                 length += integer * integer;
                 left += std::abs(value - double(scale) * integer);
             }
@@ -108,7 +116,7 @@ class Int8Sweep {
             bounds_[q] = {scale, float(double(scale) * std::sqrt(length) * (1 + 1e-6)), float(127.0 * left * (1 + 1e-6))};
             if (!finite) bounds_[q].per_scale = std::numeric_limits<float>::quiet_NaN();
         }
-        if (kernels_.arrange_integers) kernels_.arrange_integers(packed_.data(), task_.queries, stride_);
+        if (kernels_.arrange_integers && !many_) kernels_.arrange_integers(packed_.data(), task_.queries, stride_);
     }
 
     Part sweep(int64_t first, int64_t queries, int64_t begin, int64_t end) const {
@@ -130,7 +138,7 @@ class Int8Sweep {
             std::copy_n(task_.scales + row, block.count, scales);
             std::copy_n(task_.residuals + row, block.count, residuals);
             for (int i = 0; i < block.count; ++i) block.rows[i] = task_.codes + (row + i) * task_.code_stride;
-            kernels_.multiply_block(integers, block, products.data());
+            (many_ ? kernels_.multiply_many : kernels_.multiply_block)(integers, block, products.data());
             for (int64_t q = 0; q < queries; ++q) {
                 float bar = std::max(floor_[q], best[q].threshold());
                 if (part[q].overflowed || !kernels_.bound_block(
@@ -230,6 +238,7 @@ class Int8Sweep {
     const Int8Output& output_;
     const Kernels& kernels_;
     const int64_t stride_;
+    const bool many_;
     const Exclusion exclusion_;
     Aligned<int16_t> packed_;    // (padded queries, stride)
     std::vector<Bound> bounds_;  // (queries)

@@ -53,7 +53,7 @@ struct Kernels {
 
     // out (queries, kBlockRows) = the scores of the block's rows.
     void (*score_block)(const Queries<float>&, const Block&, float* out) = nullptr;
-    // The same of queries laid out for it (many.inl); the faster one from so many queries on.
+    // The same of queries laid out for it (many.inl); the faster one from `many_queries` on.
     void (*score_many)(const Queries<float>&, const Block&, float* out) = nullptr;
     int64_t many_queries = 0;
     // The same of bfloat16 queries and rows; null where the set has no products of bfloat16.
@@ -68,6 +68,8 @@ struct Kernels {
 
     // out (queries, kBlockRows) = integer products with the block's rows, which are int8.
     void (*multiply_block)(const Queries<int16_t>&, const Block&, int32_t* out) = nullptr;
+    // The same of queries laid out for it; null where multiply_block is as fast with many.
+    void (*multiply_many)(const Queries<int16_t>&, const Block&, int32_t* out) = nullptr;
     // Rearranges queries, in their place, for score_pairs and multiply_block; null where these read them as they are.
     void (*arrange_pairs)(BFloat16* queries, int64_t count, int64_t stride) = nullptr;
     void (*arrange_integers)(int16_t* queries, int64_t count, int64_t stride) = nullptr;

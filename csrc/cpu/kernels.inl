@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -47,8 +48,6 @@ typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes * 2)));
 typedef double Doubles __attribute__((vector_size(kLanes * 4)));
 typedef float HalfVector __attribute__((vector_size(kLanes * 2)));
-typedef uint16_t HalfHalves __attribute__((vector_size(kLanes)));
-typedef uint32_t HalfWords __attribute__((vector_size(kLanes * 2)));
 
 template <typename V>
 VSR1_TARGET static inline V load(const void* p) {
@@ -65,7 +64,10 @@ VSR1_TARGET static inline V load_tail(const Element* p, int64_t count) {
     return load<V>(padded);
 }
 
-VSR1_TARGET static inline void store(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+template <typename V>
+VSR1_TARGET static inline void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
 
 VSR1_TARGET static inline Vector splat(float c) { return c - Vector{}; }
 
@@ -142,19 +144,21 @@ VSR1_TARGET static inline Vector exp_nonpositive(Vector x) {
     return underflow ? Vector{} : y * scale;
 }
 
-// How a tile reads rows of each type: a step of kStep components becomes kParts registers that match as many of the query's.
+// How a tile reads rows of each type: a step of kStep components becomes kParts registers that match as many of the query's, in which
+// kPack components share a lane.
 struct FloatRows {
     using Element = float;
     using Query = float;
     using Sum = Vector;
     using Four = Quad;
     using Out = float;
-    static constexpr int kStep = kLanes, kParts = 1, kTileRows = kRegisters == 32 ? 6 : 3;
+    static constexpr int kStep = kLanes, kParts = 1, kTileRows = kRegisters == 32 ? 6 : 3, kPack = 1;
 
     using Raw = Vector;
     VSR1_TARGET static inline Vector part(Raw raw, int) { return raw; }
     VSR1_TARGET static inline Vector query(const float* q, int) { return load<Vector>(q); }
     VSR1_TARGET static inline Vector step(Vector q, Vector v, Vector sum) { return multiply_add(q, v, sum); }
+    VSR1_TARGET static inline Vector copies(const float* value) { return splat(*value); }
 };
 
 struct BFloat16Rows {
@@ -163,7 +167,7 @@ struct BFloat16Rows {
     using Sum = Vector;
     using Four = Quad;
     using Out = float;
-    static constexpr int kStep = 2 * kLanes, kParts = 2, kTileRows = kRegisters == 32 ? 4 : 2;
+    static constexpr int kStep = 2 * kLanes, kParts = 2, kTileRows = kRegisters == 32 ? 4 : 2, kPack = 1;
 
     using Raw = Words;
     VSR1_TARGET static inline Vector part(Raw raw, int odd) {
@@ -171,6 +175,7 @@ struct BFloat16Rows {
     }
     VSR1_TARGET static inline Vector query(const float* q, int odd) { return load<Vector>(q + odd * kLanes); }
     VSR1_TARGET static inline Vector step(Vector q, Vector v, Vector sum) { return multiply_add(q, v, sum); }
+    VSR1_TARGET static inline Vector copies(const float* value) { return splat(*value); }
 };
 
 // bfloat16 queries too: pairs of components are multiplied and added as they lie.
@@ -201,7 +206,7 @@ struct Int8Rows {
     using Sum = Lanes;
     using Four = int32_t __attribute__((vector_size(16)));
     using Out = int32_t;
-    static constexpr int kStep = 2 * kLanes, kParts = 1, kTileRows = kRegisters == 32 ? 6 : 3;
+    static constexpr int kStep = 2 * kLanes, kParts = 1, kTileRows = kRegisters == 32 ? 6 : 3, kPack = 2;
 
     using Raw = Bytes;
     VSR1_TARGET static inline Shorts part(Raw raw, int) {  // in one instruction, which compilers do not find
@@ -215,6 +220,7 @@ struct Int8Rows {
     }
     VSR1_TARGET static inline Shorts query(const int16_t* q, int) { return load<Shorts>(q); }
     VSR1_TARGET static inline Lanes step(Shorts q, Shorts v, Lanes sum) { return multiply_add_pairs(q, v, sum); }
+    VSR1_TARGET static inline Shorts copies(const int16_t* pair) { return cast<Shorts>(load<int32_t>(pair) - Lanes{}); }
 };
 
 // Adds to out[q * kBlockRows + i] the product of query q and row i over `size` components, for Tile queries and Count rows.
@@ -385,14 +391,33 @@ VSR1_TARGET static bool bound_block(
     return any;
 }
 
-template <typename Element>
-VSR1_TARGET static inline Doubles widen(const Element* p) {
-    if constexpr (std::is_same_v<Element, float>) {
-        return __builtin_convertvector(load<HalfVector>(p), Doubles);
-    } else {
-        const HalfWords words = __builtin_convertvector(load<HalfHalves>(p), HalfWords) << 16;
-        return __builtin_convertvector(load<HalfVector>(&words), Doubles);
-    }
+#if VSR1_LANES == 16
+constexpr __mmask8 kAll = 0xFF;  // the form without a mask makes GCC warn of a register that nothing reads
+#endif
+
+// Half a register of numbers as float64, in as few instructions as there are, which compilers do not find.
+VSR1_TARGET static inline Doubles widen(const float* p) {
+#if VSR1_LANES == 16
+    return (Doubles)_mm512_maskz_cvtps_pd(kAll, _mm256_loadu_ps(p));
+#elif VSR1_LANES == 8
+    return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
+    return __builtin_convertvector(load<HalfVector>(p), Doubles);
+#endif
+}
+
+VSR1_TARGET static inline Doubles widen(const BFloat16* p) {
+#if VSR1_LANES == 16
+    const __m256i words = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load<__m128i>(p)), 16);
+    return (Doubles)_mm512_maskz_cvtps_pd(kAll, (__m256)words);
+#elif VSR1_LANES == 8
+    const __m128i words = _mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 16);
+    return (Doubles)_mm256_cvtps_pd((__m128)words);
+#else
+    float widened[kLanes / 2];
+    for (int i = 0; i < kLanes / 2; ++i) widened[i] = std::bit_cast<float>(uint32_t(p[i].bits) << 16);
+    return widen(widened);
+#endif
 }
 
 // The products of two float32 are exact in float64, so all that is rounded is their sum.
@@ -434,6 +459,7 @@ const Kernels kKernels = {
     .soften = soften,
     .add_block = add_block,
     .multiply_block = multiply_block,
+    .multiply_many = multiply_many,
     .bound_block = bound_block,
     .score_exactly = score_exactly,
 };

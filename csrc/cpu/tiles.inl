@@ -131,6 +131,7 @@ Kernels kernels() {
     Kernels kernels = VSR1_REST::kKernels;
     kernels.score_pairs = score_pairs;
     kernels.multiply_block = multiply_block;
+    kernels.multiply_many = nullptr;
     kernels.arrange_pairs = arrange_pairs;
     kernels.arrange_integers = arrange_integers;
     return kernels;
