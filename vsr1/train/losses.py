@@ -261,7 +261,7 @@ def distillation_loss(soft: Tensor, target: Tensor) -> Tensor:
     Raises ValueError for mismatched shapes, no vectors, or a target that is not finite or all zero.
     """
     _same_shape(soft=soft, target=target)
-    target = target.detach()
+    soft, target = _wide(soft), _wide(target.detach())
     power = target.square().mean()
     if not target.numel() or not torch.isfinite(power) or power == 0:
         raise ValueError(f"target must hold finite vectors, not all of them zero; its mean square is {power.item()}")
