@@ -92,7 +92,7 @@ def step(stage: str, tiny_embedder: Embedder, world: World, shelf: Shelf, monkey
         return Step(run, sft, monkeypatch)
     monkeypatch.setitem(sys.modules, "rewards_of_mine", SimpleNamespace(unlike=unlike))
     updates = GrpoTraining(
-        optimisation=settings, queries=2, group=4, turns=1, max_tokens=80, rewards={"rewards_of_mine:unlike": 1.0}
+        optimisation=settings, queries=2, group=6, turns=1, max_tokens=40, rewards={"rewards_of_mine:unlike": 1.0}
     )
     moments = [query.moment for query in world.queries("train")]
     run = lambda: grpo.train_grpo(policy, tiny_embedder, moments, shelf, updates, 1, keeper)  # noqa: E731
@@ -144,7 +144,7 @@ def test_no_operation_makes_the_logits_and_no_memory_holds_them(stage: str, step
     assert step.words > 300
     assert largest.elements < step.words * VOCABULARY / 4
     if used is not None:
-        assert used * 2**20 < step.words * VOCABULARY * 4 / 2, "half of the logits in float32"
+        assert used * 2**20 < step.words * VOCABULARY * 4, "the logits in float32 alone"
 
 
 @pytest.mark.parametrize("stage", ["sft"])
