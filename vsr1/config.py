@@ -69,8 +69,8 @@ def quick() -> RunConfig:
         vision=VisionTraining(optimisation=few(8), videos=32, pairs=48),
         embedder=EmbedderTraining(optimisation=few(8), batch=12),
         sft=SftTraining(optimisation=few(12), batch=8, refine_rows=4, refine_from=0.4, contrast_from=0.6),
-        grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2),
-        evaluation=EvaluationSettings(queries=12, resamples=200),
+        grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2, max_tokens=32),
+        evaluation=EvaluationSettings(queries=12, turns=2, resamples=200),
     )
 
 

@@ -34,7 +34,7 @@ from vsr1.train.library import Shelf
 from vsr1.train.loop import Optimisation
 from vsr1.train.sft import SftTraining
 
-VOCABULARY = 150_001
+VOCABULARY = 100_003
 
 
 def unlike(trajectory: Any, context: Any) -> float:
