@@ -15,6 +15,7 @@ from torch import nn
 
 from vsr1 import cli, config, job
 from vsr1.data import world
+from vsr1.errors import ConfigError
 from vsr1.train import checkpoint
 from vsr1.train.loop import Interrupted
 
@@ -79,6 +80,12 @@ def test_quick_and_another_preset(one_line: Callable[..., str]) -> None:
         (["--sft.optimisation.learning-rate", "-1"], "'sft.optimisation.learning_rate'"),
         (["--grpo.group", "1"], "'grpo.group'"),
         (["--grpo.loss-type", "ppo"], "loss-type"),
+        (["--reward", "kindness"], "'kindness'; known: answer, think_format"),
+        (["--reward", "answer=much"], "'much'"),
+        (["--reward", "answer=nan"], "'answer'"),
+        (["--reward", "no_such_module:kindness"], "'no_such_module' does not import"),
+        (["--reward", "math:kindness=2"], "no function 'kindness'"),
+        (["--reward"], "--reward"),
         (["--world.pixels", "7"], "'world.pixels'"),
         (["--world.train-videos", "4"], "'world.train_videos'"),
         (["--device", "abacus"], "'abacus'"),
@@ -211,6 +218,21 @@ def test_flags_change_single_settings_of_the_preset() -> None:
     expected.run, expected.sft.batch, expected.seed = Path("there"), 6, 5
     assert found == expected
     assert cli.parse_train([]) == config.preset("tiny")
+
+
+def test_rewards_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may lie in the folder the command is called from, they join the preset's, and they are saved with the run."""
+    monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards_of_mine.py").write_text("def short(trajectory, context):\n    return 1.0\n")
+    flags = ["--reward", "rewards_of_mine:short", "--reward", "answer=2.5", "--grpo.rewards.retrieval", "0.25"]
+    chosen = cli.parse_train(["--quick", *flags, "--run", "new"])
+    before = config.preset("quick").grpo.rewards
+    assert chosen.grpo.rewards == before | {"rewards_of_mine:short": 1.0, "answer": 2.5, "retrieval": 0.25}
+    job.claim(chosen)
+    assert config.load(Path("new/config.yaml")) == chosen
+    with pytest.raises(ConfigError, match=r"another .grpo.rewards.answer"):
+        job.claim(cli.parse_train(["--quick", "--run", "new"]))
 
 
 def test_interrupted_and_ctrl_c_tell_how_to_go_on(

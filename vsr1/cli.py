@@ -86,7 +86,8 @@ def train(argv: Sequence[str]) -> int:
 
 
 def parse_train(argv: Sequence[str]):  # type: ignore[no-untyped-def]
-    """Flags -> `RunConfig`: `--preset NAME` or `--quick` choose the tree, every other flag changes one field."""
+    """Flags -> `RunConfig`: `--preset NAME` or `--quick` choose the tree, `--reward NAME=WEIGHT` adds a reward or changes its
+    weight, every other flag changes one field."""
     import tyro
 
     from vsr1 import config
@@ -94,12 +95,14 @@ def parse_train(argv: Sequence[str]):  # type: ignore[no-untyped-def]
     first = _Parser(prog="vsr1 train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=None)
     first.add_argument("--quick", action="store_true")
+    first.add_argument("--reward", action="append", default=[])
     chosen, rest = first.parse_known_args(list(argv))
     if chosen.quick and chosen.preset not in (None, "quick"):
         raise ConfigError(f"--quick is a preset of its own; leave out --preset {chosen.preset}")
     default = config.preset("quick" if chosen.quick else chosen.preset or "tiny")
     if {"-h", "--help"} & set(rest):
-        print(f"presets (--preset NAME, default tiny; --quick is one of them): {', '.join(config.PRESETS)}\n")
+        print(f"presets (--preset NAME, default tiny; --quick is one of them): {', '.join(config.PRESETS)}")
+        print("rewards of your own (as often as you like): --reward my.module:function=WEIGHT (1 if left out)\n")
         return tyro.cli(config.RunConfig, args=rest, default=default, prog="vsr1 train")
     heard = io.StringIO()
     try:
@@ -109,8 +112,22 @@ def parse_train(argv: Sequence[str]):  # type: ignore[no-untyped-def]
         # tyro draws its message in a box of several lines; ours is one
         text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", heard.getvalue()).split())
         raise ConfigError(f"{text or 'the flags cannot be read'} (all flags: vsr1 train --help)") from error
+    for given in chosen.reward:
+        name, weight = _reward(given)
+        parsed.grpo.rewards[name] = weight
+    if chosen.reward and "" not in sys.path:
+        sys.path.append("")  # a module in the folder the person is in, which `python -m` finds and a script does not
     config.check(parsed)
     return parsed
+
+
+def _reward(given: str) -> tuple[str, float]:
+    """`NAME=WEIGHT` or `NAME`, whose weight is 1; whether there is such a reward is the config's to check."""
+    name, equals, weight = given.partition("=")
+    try:
+        return name, float(weight) if equals else 1.0
+    except ValueError as error:
+        raise ConfigError(f"--reward {given}: the weight must be a number, got {weight!r}") from error
 
 
 def ask(argv: Sequence[str]) -> int:

@@ -69,8 +69,8 @@ def quick() -> RunConfig:
         vision=VisionTraining(optimisation=few(8), videos=32, pairs=48),
         embedder=EmbedderTraining(optimisation=few(8), batch=12),
         sft=SftTraining(optimisation=few(12), batch=8, refine_rows=4, refine_from=0.4, contrast_from=0.6),
-        grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2),
-        evaluation=EvaluationSettings(queries=12, resamples=200),
+        grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2, max_tokens=32),
+        evaluation=EvaluationSettings(queries=12, turns=2, resamples=200),
     )
 
 
@@ -174,7 +174,9 @@ _ABOVE_ZERO = (
     *("evaluation.turns", "evaluation.resamples"),
 )
 _NOT_BELOW_ZERO = (
-    *("seed", "workers", "evaluation.queries", "grpo.sigma", "grpo.beta", "grpo.latent_weight"),
+    *("seed", "workers", "evaluation.queries"),
+    *("grpo.sigma", "grpo.beta", "grpo.latent_weight", "grpo.clip_high"),
+    *("sft.answer_weight", "sft.mark_weight", "sft.distillation_weight", "sft.contrast_weight"),
     *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay", "muon")),
 )
 
@@ -201,7 +203,10 @@ def check(config: RunConfig) -> None:
     need("sft.batch", "enough for a rejected row", lambda value: math.ceil(sft.matched * value) < value)
     need("grpo.bootstrapped", "from 0 to 1", lambda value: 0 <= value <= 1)
     need("grpo.group", "at least 2 for an advantage within the group", lambda value: value >= 2)
-    for name in config.grpo.rewards:
+    need("grpo.clip_low", "from 0 to 1", lambda value: 0 <= value <= 1)
+    for name, weight in config.grpo.rewards.items():
+        if not math.isfinite(weight):
+            raise ConfigError(f"'grpo.rewards' must be finite numbers, got {weight} for '{name}'")
         try:
             reward_function(name)
         except ConfigError as error:

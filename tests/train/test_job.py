@@ -78,8 +78,8 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished quick run, made as a person would make it."""
+def run(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
+    """A finished quick run, made as a person would make it; meanwhile the server imports what it needs."""
     folder = tmp_path_factory.mktemp("job") / "run"
     done = subprocess.run(
         [sys.executable, "-m", "vsr1.train", "--quick", "--run", str(folder)],

@@ -194,6 +194,22 @@ def test_a_loss_that_is_not_finite_names_stage_and_step(train: Train, tmp_path: 
     assert saved(tmp_path / "diverged") == ["toy-step-6"]
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(train: Train, tmp_path: Path) -> None:
+    toys: list[Toy] = []
+
+    def step(toy: Toy, index: int) -> StepResult:
+        toys.append(toy)
+        loss, numbers = toy.step(index)
+        assert loss is not None
+        spoiled = (toy.body.weight.sum() * 0).sqrt()  # 0, and its derivative is infinite
+        return (loss + spoiled if index == 6 else loss), numbers
+
+    with pytest.raises(Vsr1Error, match="stage 'toy', step 6: the gradient_norm is nan"):
+        train("spoiled", step)
+    assert saved(tmp_path / "spoiled") == ["toy-step-6"]
+    assert all(torch.isfinite(weight).all() for weight in toys[-1].parameters())
+
+
 def test_a_step_with_nothing_to_learn_from_makes_no_update(train: Train, tmp_path: Path) -> None:
     def step(toy: Toy, index: int) -> StepResult:
         return None, {"reward": 0.5}

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.train.losses import distillation_loss, group_advantages, latent_loss, policy_loss, sft_loss
@@ -139,6 +140,65 @@ def test_values_outside_the_mask_do_not_matter():
     assert torch.isfinite(dirty["logp"].grad).all()
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "gspo"])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+def test_a_ratio_beyond_float32_leaves_no_nan(loss_type, advantage):
+    """What the old policy held for impossible is clipped or huge, and the gradient of the clipped is 0, not 0 * inf."""
+    logp = torch.tensor([[-0.5, -0.5]], requires_grad=True)
+    old, mask = torch.tensor([[-1000.0, -0.5]]), torch.ones(1, 2, dtype=torch.bool)
+    loss, stats = policy_loss(logp, old, torch.tensor([advantage]), mask, loss_type=loss_type, max_length=2)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert torch.isfinite(logp.grad).all()
+    if advantage >= 0:
+        assert logp.grad[0, 0] == 0
+    assert stats["clip_high"] == ((0.5 if loss_type != "gspo" else 1.0) if advantage > 0 else 0)
+
+
+def test_a_reference_that_is_only_logged_cannot_spoil_the_loss():
+    logp, mask = torch.tensor([[-0.5, -0.5]]), torch.ones(1, 2, dtype=torch.bool)
+    distant = torch.tensor([[200.0, -0.5]])
+    assert policy_loss(logp, logp, torch.ones(1), mask, ref_logp=distant, entropy=distant)[0] == -1
+
+
+def test_half_precision_is_widened_before_any_exponential():
+    generator = torch.Generator().manual_seed(1)
+    logp = -torch.rand(8, 64, generator=generator)
+    old = logp + 0.1 * torch.randn(8, 64, generator=generator)
+    half = [one.bfloat16() for one in (logp, old, torch.randn(8, generator=generator))]
+    mask = torch.ones(8, 64, dtype=torch.bool)
+    for loss_type in ("grpo", "gspo"):
+        found = policy_loss(*half, mask, loss_type=loss_type)[0]
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, policy_loss(*(one.float() for one in half), mask, loss_type=loss_type)[0])
+    torch.testing.assert_close(sft_loss(half[0], mask), -half[0].float().mean())
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU would be waited for: values read one by one, and shapes that depend on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "index", "equal", "_unique2")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
+def test_a_gpu_is_not_waited_for_between_the_checks_and_the_numbers(loss_type, monkeypatch):
+    transfers = []
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: transfers.append(1) or read(tensor))
+    with Waits() as waits:
+        policy_loss(**batch(), loss_type=loss_type, beta=0.1, entropy_bonus=0.1)
+        mean, action, old, advantage = latents()
+        latent_loss(mean, action, old, advantage, 0.1)
+    assert (waits.count, len(transfers)) == (0, 4)
+
+
 def test_advantage_per_token_and_micro_batches():
     data = batch()
     spread = data["advantage"][:, None].expand_as(data["logp"])
@@ -174,6 +234,8 @@ def test_policy_statistics_count_what_is_clipped():
         ({"advantage": torch.zeros(4, 5), "loss_type": "gspo"}, "one per completion"),
         ({"advantage": torch.tensor([0.0, NAN, 0.0, 0.0])}, r"advantage at \[1, 0\] is nan"),
         ({"advantage": torch.tensor([0.0, NAN, 0.0, 0.0]), "loss_type": "gspo"}, r"advantage at \[1\] is nan"),
+        ({"old_logp": torch.full((4, 5), NAN)}, r"old_logp at \[0, 0\] is nan"),
+        ({"ref_logp": torch.full((4, 5), -math.inf)}, r"ref_logp at \[0, 0\] is -inf"),
         ({"mask": torch.zeros(4, 5, dtype=torch.bool)}, "nothing counts"),
         ({"beta": 0.1, "ref_logp": None}, "beta=0.1 needs ref_logp"),
         ({"entropy_bonus": 0.1, "entropy": None}, "entropy_bonus=0.1 needs entropy"),
@@ -213,6 +275,22 @@ def test_latent_loss_is_the_formula():
     assert stats["ratio"] != 1
 
 
+def test_skipped_soft_tokens_may_hold_anything():
+    mean, action, old, advantage = latents(moved=0.05)
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0]]).bool()
+    clean, stats = latent_loss(mean, action, old, advantage, 0.1, 0.2, mask)
+    dirty = [one.detach().clone() for one in (mean, action, old)]
+    for one in dirty:
+        one[~mask] = NAN
+    advantage[2] = NAN
+    loss, dirty_stats = latent_loss(dirty[0].requires_grad_(), *dirty[1:], advantage, 0.1, 0.2, mask)
+    torch.testing.assert_close(loss, clean)
+    assert dirty_stats == stats
+    expected = torch.autograd.grad(clean, mean)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, dirty[0])[0], expected)
+    assert not expected[~mask].any()
+
+
 def test_latent_gradient_points_from_the_mean_to_rewarded_actions():
     mean, action, old, advantage = latents()
     loss, stats = latent_loss(mean, action, old, advantage, 0.1)
@@ -247,6 +325,7 @@ def test_the_noise_teaches_only_because_it_is_used():
         ({"old_logp": torch.zeros(3)}, "old_logp"),
         ({"advantage": torch.zeros(3, 2)}, "advantage"),
         ({"advantage": torch.tensor([0, NAN, 0])}, r"advantage at \[1\] is nan"),
+        ({"old_logp": torch.full((3, 2), math.inf)}, r"old_logp at \[0, 0\] is inf"),
         ({"mask": torch.zeros(3, 2, dtype=torch.bool)}, "nothing counts"),
         ({"sigma": 0.0}, "sigma above 0"),
     ],

@@ -207,6 +207,50 @@ def test_a_grpo_step_makes_the_better_trajectory_likelier(tiny_policy: Policy, s
     assert float(again.token_logps.sum()) > float(better.token_logps.sum()) + 1e-4
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "gspo"])
+def test_every_loss_type_can_be_trained_with(tiny_policy: Policy, shelf: Shelf, step: Any, loss_type: Any) -> None:
+    found, judged, settings = step
+    settings = replace(settings, loss_type=loss_type, latent_weight=0.0, beta=0.0)
+    sft.trainable(tiny_policy, settings.head_learning_rate)
+    loss, _ = grpo._loss(tiny_policy, grpo._frozen_copy(tiny_policy), shelf, found, judged, settings)
+    loss.backward()
+    lengths = [len(one.token_ids) for row in found for one in row.turns]
+    signs = [1, 1, -1]  # of the turns' trajectories; at ratio 1 a token costs minus its advantage
+    tokens = sum(sign * length for sign, length in zip(signs, lengths, strict=True))
+    expected = {"dr_grpo": tokens / (3 * settings.max_tokens), "grpo": 1 / 3, "gspo": 1 / 3}
+    assert loss.item() == pytest.approx(-expected.get(loss_type, tokens / sum(lengths)), rel=1e-3)
+    assert tiny_policy.model.lm_head.weight.grad.any()
+
+
+def test_advantages_without_the_deviation() -> None:
+    start = toward(1.0, 0.0, 0.0)
+    found = [path("a", [turn("a", said, start)], start) for said in ("matched", None, None)]
+    for mode, expected in (("mean", [4 / 3, -2 / 3, -2 / 3]), ("leave_one_out", [2, -1, -1])):
+        settings = GrpoTraining(rewards={"answer": 1.0}, advantage=mode)
+        judged = grpo.judge(found, tiny_library(), settings, torch.tensor([0, 0, 0]))
+        assert judged.text_advantage.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("head", [torch.float32, torch.bfloat16])
+def test_a_grpo_step_in_half_precision(tiny_policy: Policy, shelf: Shelf, step: Any, head: torch.dtype) -> None:
+    """A bfloat16 model, as checkpoints come, with a float32 head or one of its own; the records are float32."""
+    found, judged, settings = step
+    wide, _ = grpo._loss(tiny_policy, grpo._frozen_copy(tiny_policy), shelf, found, judged, settings)
+    tiny_policy.model.bfloat16()
+    tiny_policy.head.to(head)
+    sft.trainable(tiny_policy, settings.head_learning_rate)
+    loss, numbers = grpo._loss(tiny_policy, grpo._frozen_copy(tiny_policy), shelf, found, judged, settings)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(wide.item(), abs=0.05)
+    assert numbers["ratio"] == pytest.approx(1, abs=0.02)
+    assert numbers["kl"] == pytest.approx(0, abs=1e-6)
+    loss.backward()
+    weight = tiny_policy.model.lm_head.weight
+    assert weight.grad.dtype == torch.bfloat16
+    assert all(torch.isfinite(one.grad).all() for one in tiny_policy.parameters() if one.grad is not None)
+    assert tiny_policy.head.refine_latent_input_projector[1].weight.grad.any()
+
+
 def test_hits_rank_without_the_rejected_videos_only_where_asked() -> None:
     matrix, rows = CorpusMatrix(ROWS), {"a": 0, "b": 1, "c": 2}
     toward_b = toward(0.4, 0.9, 0.1)

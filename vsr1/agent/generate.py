@@ -110,7 +110,7 @@ def soft_tokens(
         action, logp, entering = step.action, step.logp, step.policy_input
         if replay is not None:
             action = replay[:, index]
-            entering = policy.head.refine_latent_input_projector(action)
+            entering = policy.head.policy_inputs(action).to(hidden.dtype)
             logp = gaussian_logp(action, step.mean, sigma) if sigma else logp
         noise = step.noise
         means.append(step.mean)

@@ -35,5 +35,13 @@ class RefineHead(nn.Module):
                 linear.bias.zero_()
 
     def soft_tokens(self, actions: Tensor) -> Tensor:
-        """`actions` (..., D) -> vectors (..., E) for the embedder's input sequence."""
-        return self.refine_append_input_projector(actions)
+        """`actions` (..., D) of any precision -> vectors (..., E) for the embedder's input sequence."""
+        return self.refine_append_input_projector(actions.to(self.dtype))
+
+    def policy_inputs(self, actions: Tensor) -> Tensor:
+        """`actions` (..., D) of any precision -> vectors (..., H) for the policy's own input sequence."""
+        return self.refine_latent_input_projector(actions.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype

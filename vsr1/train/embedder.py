@@ -29,6 +29,7 @@ from vsr1.models import backbone
 from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
+from vsr1.train.losses import as_numbers
 
 
 @dataclass
@@ -147,9 +148,9 @@ def train_embedder(embedder: Embedder, world: World, settings: EmbedderTraining,
         owner = about.owner.to(texts.device)
         excused = fits & ~F.one_hot(owner, len(pick)).bool()
         loss, scores = contrast(texts, videos, owner, excused, settings.temperature)
-        accuracy = (scores.argmax(-1) == owner).float().mean().item()
-        numbers = {"describe": describing.item(), "meaning": meaning.item(), "contrast": loss.item()}
-        return loss + describing + meaning, numbers | {"accuracy": accuracy}
+        accuracy = (scores.argmax(-1) == owner).float().mean()
+        numbers = as_numbers(describe=describing, meaning=meaning, contrast=loss, accuracy=accuracy)
+        return loss + describing + meaning, numbers
 
     model.train().requires_grad_(True)
     train("embedder", model, [{"params": list(model.parameters())}], step, settings.optimisation, keeper)

@@ -31,7 +31,7 @@ from vsr1.records import Moment, Trajectory, Turn
 from vsr1.train import rewards
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
-from vsr1.train.losses import LossType, group_advantages, latent_loss, policy_loss
+from vsr1.train.losses import AdvantageMode, LossType, group_advantages, latent_loss, policy_loss
 from vsr1.train.sft import trainable
 
 MOST_FAILED = 0.01  # of the trajectories so far; beyond it the run stops instead of learning from a broken corpus
@@ -43,6 +43,9 @@ class GrpoTraining:
 
     bootstrapped: share of the queries whose right video is shown first: where the search rarely finds it, rejecting
     everything would otherwise be the best thing to learn.
+
+    advantage: how the rewards of a query's group are compared (dr_grpo and leave-one-out estimates want no division by the
+    deviation: "mean", "leave_one_out"); dr_grpo divides by `max_tokens`.
 
     sigma: exploration of the soft tokens, in units of their coordinates. beta: weight of the KL to the SFT policy.
     temperature: of the softmax over the corpus in the retrieval reward.
@@ -60,6 +63,7 @@ class GrpoTraining:
     sampling_temperature: float = 1.0
     max_tokens: int = 88
     loss_type: LossType = "grpo"
+    advantage: AdvantageMode = "std"
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.01
@@ -152,7 +156,7 @@ def judge(found: Sequence[Trajectory], shelf: Shelf, settings: GrpoTraining, gro
         value, each = rewards.total(one, settings.rewards, context)
         totals.append(value)
         parts.append(each)
-    advantage, varied = group_advantages(torch.tensor(totals), groups)
+    advantage, varied = group_advantages(torch.tensor(totals), groups, mode=settings.advantage)
 
     queries: list[Tensor] = []
     owners: list[Moment] = []
@@ -232,6 +236,7 @@ def _loss(
         clip_high=settings.clip_high,
         beta=settings.beta,
         ref_logp=padded(reference_logp),
+        max_length=settings.max_tokens,
     )
     refined = [index for index, (_, turn) in enumerate(turns) if turn.actions is not None]
     if refined and settings.latent_weight and settings.sigma:
@@ -241,7 +246,7 @@ def _loss(
         )
         loss = loss + settings.latent_weight * latent
         stats |= {f"latent_{name}": value for name, value in latent_stats.items()}
-    return loss, {name: float(value) for name, value in stats.items()}
+    return loss, stats
 
 
 def _row(policy: Policy, moment: Moment, turn: Turn, shelf: Shelf) -> Row:

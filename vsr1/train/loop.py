@@ -16,11 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vsr1.errors import Vsr1Error
 from vsr1.train import checkpoint
+from vsr1.train.losses import as_numbers
 from vsr1.train.monitor import Monitor
 from vsr1.train.optimizer import optimizers
 
@@ -110,17 +110,19 @@ def train(
                 group["lr"] = group["peak"] * rate
             loss, numbers = step(index)
             if loss is not None:
-                if not bool(torch.isfinite(loss)):
-                    raise Vsr1Error(
-                        f"stage '{stage}', step {index}: the loss is {loss.item()}; lower the learning rate"
-                    )
                 for optimizer in used:
                     optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                numbers["gradient_norm"] = float(nn.utils.clip_grad_norm_(weights, settings.clip))
+                length = nn.utils.clip_grad_norm_(weights, settings.clip)
+                # Read only now, so that a GPU is waited for once; nothing has been updated yet.
+                numbers |= as_numbers(loss=loss, gradient_norm=length)
+                for name in ("loss", "gradient_norm"):
+                    if not math.isfinite(numbers[name]):
+                        raise Vsr1Error(
+                            f"stage '{stage}', step {index}: the {name} is {numbers[name]}; lower the learning rate"
+                        )
                 for optimizer in used:
                     optimizer.step()
-                numbers["loss"] = loss.item()
             if index % log_every == 0 or index + 1 == settings.steps:
                 keeper.monitor.record(stage, index, learning_rate=settings.learning_rate * rate, **numbers)
             phase.update(index + 1, note=f"loss {numbers.get('loss', float('nan')):.3f}")

@@ -3,7 +3,7 @@
 Rewards of a group of roll-outs become advantages; log-probabilities (from `vsr1.ops.linear_logp`, which never makes the
 logits) and advantages become the policy loss on text; means and actions of the soft tokens become the latent loss. The
 supervised and the distillation loss of the first stage stand beside them. Each loss comes with a dict of plain numbers
-for the log.
+for the log. A GPU is waited for twice a loss: once to refuse what cannot be learned from, once to read the numbers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from vsr1.ops.soft_query import gaussian_logp
 
 AdvantageMode = Literal["std", "mean", "leave_one_out"]
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo"]
+
+LARGEST_LOG_RATIO = 80.0
+"""A ratio beyond e^80 counts as e^80, near float32's end: were it infinite, a zero advantage and the zero gradient of the
+clipped branch, times it, would be NaN."""
 
 
 class Advantages(NamedTuple):
@@ -64,10 +68,9 @@ def group_advantages(
         groups = torch.arange(count, device=rewards.device) // groups
     mask = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask
     _same_shape(rewards=rewards, groups=groups, mask=mask)
-    _not_empty(mask)
-    _finite("reward", rewards, mask)
+    _require(mask, reward=rewards)
     ids, member = torch.unique(groups, return_inverse=True)
-    kept = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).masked_fill(~mask, 0)
+    kept = _wide(rewards).masked_fill(~mask, 0)
     zeros = kept.new_zeros(len(ids))
 
     def per_group(values: Tensor) -> Tensor:
@@ -116,22 +119,24 @@ def policy_loss(
         dapo     the same over the whole optimiser step: pass `denominator`    arXiv 2503.14476 (with clip_high 0.28)
         dr_grpo  sum over all tokens / (R * max_length)                        arXiv 2503.20783
         gspo     r is the completion's, exp(mean_t(logp - old_logp)); mean over completions   arXiv 2507.18071
+                 (whose clips are much narrower: 3e-4 and 4e-4)
     Completions without a single counted token are not counted as completions either.
 
     Args:
         logp: (R, T) with gradient. old_logp, ref_logp: (R, T), constants; `logp.detach()` as old_logp when on-policy.
         advantage: (R,), or (R, T) where tokens of one completion differ (not for gspo).
-        mask: (R, T) bool, True for tokens the policy chose. Values elsewhere may be anything, NaN included.
+        mask: (R, T) bool, True for tokens the policy chose. Values elsewhere may be anything, NaN included. At these
+            tokens old_logp, ref_logp and the advantage must be finite; a logp that is not shows in the loss.
         entropy: (R, T), needed with `entropy_bonus`; only logged otherwise.
         max_length: the constant length dr_grpo divides by.
         denominator: replaces the count divided by (tokens for bnpo and dapo, completions for the others), so that
             losses of micro-batches or processes add up to the loss of the step.
 
-    Returns the loss and: loss, ratio, clip_low and clip_high (fractions of tokens, completions for gspo, whose gradient
-    is cut), old_kl (k3 from the old policy), kl (if ref_logp), entropy (if given).
+    Computed in float32 at least. Returns the loss and: loss, ratio, clip_low and clip_high (fractions of tokens,
+    completions for gspo, whose gradient is cut), old_kl (k3 from the old policy), kl (if ref_logp), entropy (if given).
 
-    Raises ValueError: mismatched shapes, no counted token, an advantage that is not finite, an unknown loss_type, or a
-    term asked for without its tensor.
+    Raises ValueError: mismatched shapes, no counted token, a constant that is not finite where it counts, an unknown
+    loss_type, or a term asked for without its tensor.
     """
     if loss_type not in get_args(LossType):
         raise ValueError(f"unknown loss_type {loss_type!r}; known: {', '.join(get_args(LossType))}")
@@ -153,7 +158,7 @@ def policy_loss(
         raise ValueError(f"dr_grpo divides by a constant length: max_length must be at least 1; got {max_length}")
     if denominator is not None and not denominator > 0:
         raise ValueError(f"denominator must be above 0; got {denominator}")
-    _not_empty(mask)
+    _require(mask, advantage=advantage, old_logp=old_logp, ref_logp=ref_logp)
 
     lengths = mask.sum(1)
     rows = lengths > 0
@@ -168,25 +173,24 @@ def policy_loss(
         total = values.masked_fill(~mask, 0).sum() / count
         return total / constant_length if loss_type == "dr_grpo" else total
 
+    logp = _wide(logp)
     # Masked before the exponential: garbage there would reach the gradient as 0 * inf.
     log_ratio = (logp - old_logp.detach()).masked_fill(~mask, 0)
     if loss_type == "gspo":
-        _finite("advantage", advantage, rows)
         objective, stats = _clipped(completion_mean(log_ratio), advantage, clip_low, clip_high, rows)
         loss = -objective.sum() / count
     else:
-        _finite("advantage", advantage, mask)
         objective, stats = _clipped(log_ratio, advantage, clip_low, clip_high, mask)
         loss = -average(objective)
     if ref_logp is not None:
         kl = _k3((ref_logp.detach() - logp).masked_fill(~mask, 0))
-        stats["kl"] = kl[mask].mean().item()
-        loss = loss + beta * average(kl)
+        stats["kl"] = _mean(kl, mask)
+        loss = loss + beta * average(kl) if beta else loss
     if entropy is not None:
-        stats["entropy"] = entropy[mask].mean().item()
-        loss = loss - entropy_bonus * average(entropy)
-    stats["old_kl"] = _k3(-log_ratio)[mask].mean().item()
-    return loss, {"loss": loss.item(), **stats}
+        stats["entropy"] = _mean(_wide(entropy), mask)
+        loss = loss - entropy_bonus * average(_wide(entropy)) if entropy_bonus else loss
+    stats["old_kl"] = _mean(_k3(-log_ratio), mask)
+    return loss, as_numbers(loss=loss, **stats)
 
 
 def latent_loss(
@@ -208,7 +212,7 @@ def latent_loss(
     Args:
         mean: (R, n, D) with gradient: the head's outputs now, along the recorded actions. action: (R, n, D), constants.
         old_logp: (R, n), as `soft_token_step` gave it. advantage: (R,), from the turn's own retrieval reward.
-        mask: (R, n) bool, True for the soft tokens that count; all by default.
+        mask: (R, n) bool, True for the soft tokens that count; all by default. Values elsewhere may be anything.
 
     Returns the loss and: loss, ratio, clip_low, clip_high, old_kl, distance (root mean square of (action - mean) /
     sigma, 1 for a policy that has not moved). Raises ValueError as `policy_loss` does, and for sigma <= 0.
@@ -219,16 +223,17 @@ def latent_loss(
     _same_shape(mean=mean, action=action)
     _same_shape(**{"mean[..., 0]": mean[..., 0]}, old_logp=old_logp, mask=mask)
     _same_shape(**{"mean[:, 0, 0]": mean[:, 0, 0]}, advantage=advantage)
-    _not_empty(mask)
-    _finite("advantage", advantage, mask.any(1))
-    action = action.detach()
+    _require(mask, advantage=advantage, old_logp=old_logp)
+    # Masked before the density: its derivative there would be 0 times the garbage.
+    skipped = ~mask[..., None]
+    mean, action = _wide(mean).masked_fill(skipped, 0), _wide(action.detach()).masked_fill(skipped, 0)
     log_ratio = (gaussian_logp(action, mean, sigma) - old_logp.detach()).masked_fill(~mask, 0)
     spread = advantage[:, None].expand_as(log_ratio)
     objective, stats = _clipped(log_ratio, spread, clip, clip, mask)
     loss = -objective.sum() / mask.sum()
-    stats["old_kl"] = _k3(-log_ratio)[mask].mean().item()
-    stats["distance"] = ((action - mean)[mask] / sigma).square().mean().sqrt().item()
-    return loss, {"loss": loss.item(), **stats}
+    stats["old_kl"] = _mean(_k3(-log_ratio), mask)
+    stats["distance"] = _mean(((action - mean) / sigma).square().mean(-1), mask).sqrt()
+    return loss, as_numbers(loss=loss, **stats)
 
 
 def sft_loss(logp: Tensor, weight: Tensor) -> Tensor:
@@ -239,11 +244,12 @@ def sft_loss(logp: Tensor, weight: Tensor) -> Tensor:
     mismatched shapes, a negative or non-finite weight, or none above 0.
     """
     _same_shape(logp=logp, weight=weight)
-    _finite("weight", weight, torch.ones_like(weight, dtype=torch.bool))
-    if (weight < 0).any():
-        raise ValueError(f"weights must be at least 0; the smallest is {weight.min().item()}")
-    _not_empty(weight > 0)
-    return -(weight * logp.masked_fill(weight == 0, 0)).sum() / weight.sum()
+    learned, wrong = weight != 0, ~(torch.isfinite(weight) & (weight >= 0))
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(f"weight at {where} is {weight[tuple(where)].item()}; weights are finite and at least 0")
+    _require(learned)
+    return -(weight * _wide(logp).masked_fill(~learned, 0)).sum() / weight.sum()
 
 
 def distillation_loss(soft: Tensor, target: Tensor) -> Tensor:
@@ -255,7 +261,7 @@ def distillation_loss(soft: Tensor, target: Tensor) -> Tensor:
     Raises ValueError for mismatched shapes, no vectors, or a target that is not finite or all zero.
     """
     _same_shape(soft=soft, target=target)
-    target = target.detach()
+    soft, target = _wide(soft), _wide(target.detach())
     power = target.square().mean()
     if not target.numel() or not torch.isfinite(power) or power == 0:
         raise ValueError(f"target must hold finite vectors, not all of them zero; its mean square is {power.item()}")
@@ -265,26 +271,38 @@ def distillation_loss(soft: Tensor, target: Tensor) -> Tensor:
 
 def _clipped(
     log_ratio: Tensor, advantage: Tensor, low: float, high: float, mask: Tensor
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped objective (arXiv 1707.06347), 0 where the mask is False, and how often it clips."""
     if not (0 <= low <= 1 and high >= 0):
         raise ValueError(f"the lower clip must lie in [0, 1] and the upper one at or above 0; got {low}, {high}")
     advantage = advantage.masked_fill(~mask, 0)
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=LARGEST_LOG_RATIO).exp()
     objective = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage).masked_fill(~mask, 0)
-    with torch.no_grad():
-        counted, sign = ratio[mask], advantage[mask]
-        stats = {
-            "ratio": counted.mean().item(),
-            "clip_low": ((counted < 1 - low) & (sign < 0)).float().mean().item(),
-            "clip_high": ((counted > 1 + high) & (sign > 0)).float().mean().item(),
-        }
-    return objective, stats
+    return objective, {
+        "ratio": _mean(ratio, mask),
+        "clip_low": _mean((ratio < 1 - low) & (advantage < 0), mask),
+        "clip_high": _mean((ratio > 1 + high) & (advantage > 0), mask),
+    }
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
     """exp(x) - x - 1 with x = log q - log p: an estimate of KL(p || q) from samples of p that is never negative."""
     return torch.expm1(log_ratio) - log_ratio
+
+
+def as_numbers(**scalars: Tensor) -> dict[str, float]:
+    """Zero-dimensional tensors as plain numbers, all of them in one transfer."""
+    return dict(zip(scalars, torch.stack([one.detach() for one in scalars.values()]).tolist(), strict=True))
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean where the mask is True, for the log; no gradient."""
+    return values.detach().masked_fill(~mask, 0).sum() / mask.sum()
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float32, or float64 where it was: ratios and means of half precision would be mostly rounding."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _same_shape(**tensors: Tensor | None) -> None:
@@ -293,13 +311,17 @@ def _same_shape(**tensors: Tensor | None) -> None:
         raise ValueError("shapes must agree: " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
 
 
-def _not_empty(mask: Tensor) -> None:
-    if not mask.any():
+def _require(mask: Tensor, **values: Tensor | None) -> None:
+    """Something counts, and what counts is finite; `values` are (R, ..) like the mask, or (R,), one for a row of it."""
+    bad = {
+        name: ~torch.isfinite(one) & (mask if one.dim() == mask.dim() else mask.any(1))
+        for name, one in values.items()
+        if one is not None
+    }
+    counts, *found = torch.stack([mask.any(), *(wrong.any() for wrong in bad.values())]).tolist()
+    if not counts:
         raise ValueError(f"nothing counts: the mask {tuple(mask.shape)} is False everywhere")
-
-
-def _finite(name: str, values: Tensor, mask: Tensor) -> None:
-    bad = ~torch.isfinite(values) & mask
-    if bad.any():
-        where = bad.nonzero()[0].tolist()
-        raise ValueError(f"{name} at {where} is {values[tuple(where)].item()}; mask failed roll-outs out first")
+    for name in (name for name, wrong in zip(bad, found, strict=True) if wrong):
+        where, one = bad[name].nonzero()[0].tolist(), values[name]
+        assert one is not None
+        raise ValueError(f"{name} at {where} is {one[tuple(where)].item()}; mask out what failed first")

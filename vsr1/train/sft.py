@@ -33,7 +33,7 @@ from vsr1.models.vision import VideoFeatures
 from vsr1.ops.corpus_scan import info_nce, scan
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
-from vsr1.train.losses import distillation_loss, sft_loss
+from vsr1.train.losses import as_numbers, distillation_loss, sft_loss
 
 
 @dataclass
@@ -172,7 +172,7 @@ def train_sft(
         refining = index >= settings.refine_from * total
         hidden, state = backbone.run(policy.model.model, [one.row for one in drawn], keep_cache=refining)
         loss = say_loss(policy, hidden, drawn)
-        numbers = {"say": loss.item()}
+        numbers = {"say": loss}
         rows = [row for row, one in enumerate(drawn) if not one.matched][: settings.refine_rows]
         if refining and rows:
             assert state is not None
@@ -182,15 +182,16 @@ def train_sft(
             asked = [drawn[row] for row in rows]
             distil = distillation_loss(entering, canonical_embeddings(embedder, [one.attributes for one in asked]))
             loss = loss + settings.distillation_weight * distil
-            numbers["distillation"] = distil.item()
-            unique = torch.tensor([examples.has_one_answer(one) for one in asked], device=hidden.device)
-            if index >= settings.contrast_from * total and bool(unique.any()):
-                refined = embedder.embed_texts([one.text for one in asked], entering)[unique]
-                positive = torch.tensor([shelf.row(one.video_id) for one in asked], device=hidden.device)[unique]
+            numbers["distillation"] = distil
+            unique = [row for row, one in enumerate(asked) if examples.has_one_answer(one)]
+            if index >= settings.contrast_from * total and unique:
+                clear = torch.tensor(unique, device=hidden.device)
+                refined = embedder.embed_texts([one.text for one in asked], entering)[clear]
+                positive = torch.tensor([shelf.row(asked[row].video_id) for row in unique], device=hidden.device)
                 contrast = info_nce(refined, matrix, positive, settings.temperature).mean()
                 loss = loss + settings.contrast_weight * contrast
-                numbers["contrast"] = contrast.item()
-        return loss, numbers
+                numbers["contrast"] = contrast
+        return loss, as_numbers(**numbers)
 
     groups = trainable(policy, settings.head_learning_rate)
     train("sft", policy, groups, step, settings.optimisation, keeper)

@@ -22,6 +22,7 @@ from vsr1.data.world import World
 from vsr1.errors import VideoError
 from vsr1.models.vision import VideoEncoder
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
+from vsr1.train.losses import as_numbers
 from vsr1.video import decode_many
 
 IGNORE = -100
@@ -90,8 +91,8 @@ def train_vision(
             logits = head(output)
             loss = loss + weights[name] * F.cross_entropy(logits, target, ignore_index=IGNORE)
             seen = target != IGNORE
-            numbers[name] = float((logits.argmax(-1) == target)[seen].float().mean())
-        return loss, numbers
+            numbers[name] = (logits.argmax(-1) == target)[seen].float().mean()
+        return loss, as_numbers(**numbers)
 
     visual.train().requires_grad_(True)
     train("vision", modules, [{"params": list(modules.parameters())}], step, settings.optimisation, keeper)
