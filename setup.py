@@ -65,7 +65,7 @@ setup(
             "vsr1._C",
             ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/**/*.cpp", recursive=True))],
             include_dirs=["csrc/include"],
-            depends=[*glob("csrc/include/vsr1/*"), *glob("csrc/cpu/**", recursive=True)],
+            depends=[*glob("csrc/include/vsr1/*"), *glob("csrc/cpu/**", recursive=True), "csrc/cuda/noise.cuh"],
             cxx_std=20,
             extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-pthread"],
             extra_link_args=["-pthread"],

@@ -1,35 +1,31 @@
-"""soft_token_step on the CPU beside reading its weights once: H = D = 2048, float32. Its goal is one for GPUs."""
+"""soft_token_step on the CPU beside the head's modules in torch and reading the weights once. Its goal is one for GPUs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
 
-from vsr1.models.refine import RefineHead
-from vsr1.ops.soft_query import NoiseStream, SoftStep, soft_token_step
+from bench.soft_steps import check_step, in_torch, make_case, truth_of, weights_read
+from vsr1.ops.soft_query import soft_token_step
+
+ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.parametrize("count", [1, 64])
-def test_step(race: Callable[..., None], quick: bool, count: int) -> None:
-    width = 256 if quick else 2048
-    torch.manual_seed(0)
-    head = RefineHead(width, width, width, gate=True).requires_grad_(False)
-    hidden = torch.randn(count, width)
-    noise = NoiseStream(seed=1)
-    truth = soft_token_step(hidden.double(), deepcopy(head).double(), sigma=0.1, generator=noise)
-
-    def check(name: str, step: SoftStep) -> None:
-        for part in ("mean", "action", "logp", "policy_input"):
-            found, wanted = getattr(step, part).double(), getattr(truth, part)
-            if not (found - wanted).norm() <= 1e-5 * wanted.norm():
-                raise AssertionError(f"{name}: {part} differs from float64 by more than float32's rounding")
-
-    used = (head.refine_projector, head.refine_gate, head.refine_latent_input_projector)
-    weights = [weight for module in used if module is not None for weight in module.parameters()]
-    read = torch.empty(sum(weight.numel() for weight in weights) // 2 * 2)  # as many bytes as those of the weights
-    case = f"fp32 H = D = {width}, B = {count}"
-    race(case, {"vsr1": partial(soft_token_step, hidden, head, sigma=0.1, generator=noise)}, check, reads=read.zero_())
+@pytest.mark.parametrize("count", [1, 8, 64])
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.bfloat16, 2048), (torch.float32, 2048), (torch.float32, 64)],
+    ids=["bf16-D2048", "fp32-D2048", "fp32-D64"],
+)
+def test_step(race: Callable[..., None], quick: bool, dtype: torch.dtype, width: int, count: int) -> None:
+    case = make_case(count, min(width, 256) if quick else width, dtype, "cpu")
+    truth = truth_of(case)
+    race(
+        case.name,
+        {"vsr1": partial(soft_token_step, *case.arguments, **case.options), "torch": partial(in_torch, case)},
+        partial(check_step, case, truth, ROUNDING[dtype]),
+        reads=weights_read(case),
+    )

@@ -38,7 +38,7 @@ ROOT = HERE.parent
 # Seconds that a step may take; together eight minutes for one op. More ops share the last one.
 BUILD, TESTS, MEMCHECK, MEASURE = 80, 180, 60, 150
 COMPILE = 600
-SOURCES = {"_C": ("csrc/*.cpp", "csrc/cpu/*", "csrc/include/**/*.*"), "_cuda": ("csrc/cuda/*",)}
+SOURCES = {"_C": ("csrc/*.cpp", "csrc/cpu/*", "csrc/include/**/*.*", "csrc/cuda/noise.cuh"), "_cuda": ("csrc/cuda/*",)}
 
 
 def milliseconds(call: Callable[[], object]) -> float:

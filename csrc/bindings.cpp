@@ -6,6 +6,7 @@
 #include <array>
 
 #include "vsr1/corpus_scan.h"
+#include "vsr1/soft_query.h"
 
 namespace py = pybind11;
 
@@ -68,6 +69,34 @@ void corpus_scan_int8(
     vsr1::corpus_scan_int8(task, output);
 }
 
+// weights: of the head, in the order of SoftTask; outputs in that of SoftOutput.
+void soft_token_step(
+    uintptr_t hidden, std::array<uintptr_t, 12> weights, bool bfloat16, int64_t rows, int64_t width, int64_t query_width,
+    std::array<double, 2> epsilons, float sigma, uint64_t seed, int64_t offset, int threads, std::array<uintptr_t, 4> outputs) {
+    const auto weight = [&](int i) { return pointer<const void>(weights[i]); };
+    const vsr1::SoftTask task{
+        bfloat16,  rows,      width,     query_width, pointer<const void>(hidden), weight(0), weight(1), weight(2), weight(3),
+        weight(4), weight(5), weight(6), weight(7),   weight(8), weight(9), weight(10), weight(11), epsilons[0], epsilons[1], sigma,
+        seed,      offset,    threads,
+    };
+    const vsr1::SoftOutput output{
+        pointer<float>(outputs[0]), pointer<float>(outputs[1]), pointer<float>(outputs[2]), pointer<void>(outputs[3])};
+    const py::gil_scoped_release release;
+    vsr1::soft_token_step(task, output);
+}
+
+void noise_normals(uint64_t seed, int64_t offset, int64_t count, uintptr_t out) {
+    const py::gil_scoped_release release;
+    vsr1::noise_normals(seed, offset, count, pointer<float>(out));
+}
+
+void noise_pairs(uintptr_t radius_words, uintptr_t angle_words, int64_t count, uintptr_t first, uintptr_t second) {
+    const py::gil_scoped_release release;
+    vsr1::noise_pairs(
+        pointer<const uint32_t>(radius_words), pointer<const uint32_t>(angle_words), count, pointer<float>(first),
+        pointer<float>(second));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -82,6 +111,14 @@ PYBIND11_MODULE(_C, module) {
         py::arg("row_count"), py::arg("dim"), py::arg("row_stride"), py::arg("bfloat16"), py::arg("codes"),
         py::arg("code_stride"), py::arg("scales"), py::arg("residuals"), py::arg("k"), py::arg("exclude"),
         py::arg("exclude_width"), py::arg("threads"), py::arg("outputs"));
+    module.def(
+        "soft_token_step", &soft_token_step, py::kw_only(), py::arg("hidden"), py::arg("weights"), py::arg("bfloat16"),
+        py::arg("rows"), py::arg("width"), py::arg("query_width"), py::arg("epsilons"), py::arg("sigma"), py::arg("seed"),
+        py::arg("offset"), py::arg("threads"), py::arg("outputs"));
+    module.def("noise_normals", &noise_normals, py::arg("seed"), py::arg("offset"), py::arg("count"), py::arg("out"));
+    module.def(
+        "noise_pairs", &noise_pairs, py::arg("radius_words"), py::arg("angle_words"), py::arg("count"), py::arg("first"),
+        py::arg("second"));
     module.def("isas", &vsr1::isas, "Instruction sets this processor has, best first");
     module.def("isa", &vsr1::isa, "The instruction set in use");
     module.def("use_isa", &vsr1::use_isa, py::arg("name"), "Use another one of isas()");

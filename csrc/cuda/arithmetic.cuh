@@ -102,4 +102,7 @@ struct Softmax {
 VSR1_ANYWHERE float share(float gate, int soft_count) { return soft_count > 0 ? gate / static_cast<float>(soft_count) : 0.0f; }
 VSR1_ANYWHERE float length(float sum_of_squares) { return fmaxf(sqrtf(sum_of_squares), 1e-12f); }
 
+VSR1_ANYWHERE float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
+VSR1_ANYWHERE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
 }  // namespace vsr1

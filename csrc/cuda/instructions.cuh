@@ -84,6 +84,42 @@ __device__ inline void load_transposed(unsigned (&out)[4], const void* line) {
                  : "memory");
 }
 
+struct alignas(16) Four {
+    unsigned at[4];
+};
+
+__device__ inline Four load_four(const void* from) { return *static_cast<const Four*>(from); }
+
+// 16 bytes into shared memory, without waiting; a thread's copies form groups.
+__device__ inline void copy_16(void* to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
+
+__device__ inline void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// All threads' copies but those of the last kLater groups have arrived.
+template <int kLater>
+__device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
+    __syncthreads();
+}
+
+// No block goes on before all have come, and each then sees what the others wrote. They must run at the same time, and `met` must
+// be a multiple of their number before the first meeting; it counts up for ever, in 64 bits.
+__device__ inline void meet_grid(unsigned long long* met) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        const unsigned long long blocks = gridDim.x, goal = (atomicAdd(met, 1ull) / blocks + 1) * blocks;
+        unsigned long long seen;
+        do {
+            asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(seen) : "l"(met) : "memory");
+        } while (seen < goal);
+        __threadfence();
+    }
+    __syncthreads();
+}
+
 // kStages tiles of 16 rows; step s lies in stage s % kStages. Every thread calls every function, ask() for one step after the other.
 template <typename T, int kDim, int kStages>
 struct Ring {

@@ -223,6 +223,47 @@ inline void load_matrices(unsigned (&out)[4], const void* line, bool transposed)
 inline void load_fragments(unsigned (&out)[4], const void* line) { load_matrices(out, line, false); }
 inline void load_transposed(unsigned (&out)[4], const void* line) { load_matrices(out, line, true); }
 
+struct alignas(16) Four {
+    unsigned at[4];
+};
+
+inline Four load_four(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16) abort();
+    return *static_cast<const Four*>(from);
+}
+
+struct Copy {
+    void* to;
+    const void* from;
+};
+inline std::vector<std::vector<Copy>> copies[emulation::kMost];  // groups of each thread, the last one open
+
+inline void copy_16(void* to, const void* from) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16) abort();
+    memset(to, 0xFF, 16);
+    auto& groups = copies[threadIdx.x];
+    if (groups.empty()) groups.emplace_back();
+    groups.back().push_back({to, from});
+}
+
+inline void close_copies() {
+    auto& groups = copies[threadIdx.x];
+    groups.resize(groups.size() + (groups.empty() ? 2 : 1));
+}
+
+template <int kLater>
+void wait_for_copies() {
+    auto& groups = copies[threadIdx.x];
+    for (int i = 0; i + kLater + 1 < static_cast<int>(groups.size()); ++i) {
+        for (const Copy& copy : groups[i]) memcpy(copy.to, copy.from, 16);
+        groups[i].clear();
+    }
+    if (kLater == 0) groups.clear();
+    __syncthreads();
+}
+
+inline void meet_grid(unsigned long long*) { abort(); }  // blocks run one after the other: a launch has one phase
+
 template <typename T, int kDim, int kStages>
 struct Ring {
     static constexpr int kPitch = kDim + kPad;

@@ -19,9 +19,11 @@ FILES = (
     "test_corpus_scan_triton.py",
     "test_corpus_int8_triton.py",
     "test_corpus_scan_front.py",
+    "test_soft_query_triton.py",
+    "test_soft_query_noise.py",
     "test_corpus_scan_cuda_host.py",
 )
-SELECTED = "triton or whole_op"  # the first two by their names; of the others what runs on Triton kernels
+SELECTED = "triton or whole_op"  # some files by their names; of the others what runs on Triton kernels
 
 
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process itself")

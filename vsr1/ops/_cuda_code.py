@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 FIRST_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16 products
+HEADERS = {"projection": "projection.cuh", "soft_step": "soft_query.cuh", "sweep": "corpus_scan.cuh"}
+COOPERATIVE = ("soft_step",)  # kernels whose blocks wait for each other, so that all must run at the same time
 
 
 @functools.cache
@@ -98,8 +100,9 @@ def _compiled(name: str) -> Any:
     """The kernel by NVRTC; CuPy loads it once on every device that runs it."""
     import cupy
 
-    header = "projection.cuh" if "projection" in name else "corpus_scan.cuh"
-    return cupy.RawModule(code=source(header), options=("-std=c++17",), name_expressions=(name,)).get_function(name)
+    return cupy.RawModule(
+        code=source(HEADERS[_family(name)]), options=("-std=c++17",), name_expressions=(name,)
+    ).get_function(name)
 
 
 def _launch_compiled(
@@ -110,4 +113,13 @@ def _launch_compiled(
     kernel = _compiled(name)
     kernel.max_dynamic_shared_size_bytes = shared
     parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    driver.launchKernel(kernel.kernel.ptr, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(parameters), 0)
+    place = (kernel.kernel.ptr, blocks, 1, 1, threads, 1, 1, shared, stream, ctypes.addressof(parameters))
+    if _family(name) in COOPERATIVE:
+        driver.launchCooperativeKernel(*place)
+    else:
+        driver.launchKernel(*place, 0)
+
+
+def _family(name: str) -> str:
+    """What a kernel is called before its template arguments, less "vsr1::" and "_kernel"."""
+    return name.removeprefix("vsr1::").partition("_kernel<")[0]

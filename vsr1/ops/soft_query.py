@@ -4,59 +4,37 @@ The refine head maps the state to the mean of a Gaussian, an action is drawn aro
 nothing is to be explored), and the action, not the mean, is what both readers get: it is inserted into the next query
 and, projected, fed back to the policy. So the reward depends on what was drawn and the action's log-probability carries
 a gradient that means something. The noise comes from a counter-based generator: the same (seed, offset) gives the same
-numbers on every machine.
+bits on every machine and backend (`vsr1.ops._noise`).
+
+Which backend. The fast ones read the head's weights and are for steps without a gradient, as generation takes them; the
+reference calls the head's modules, so hooks on them (sharding, adapters) keep working. "auto" takes the reference
+where a gradient is asked for, because there the others compute the step twice; named, they give the gradient too.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vsr1.ops._dispatch import Backend, register, resolve
+from vsr1.errors import BackendUnavailable
+from vsr1.ops._dispatch import resolve
+from vsr1.ops._noise import NoiseStream, philox4x32, philox_normal
+from vsr1.ops._soft_backends import compute, gaussian_logp, soft_step
+from vsr1.ops._soft_head import HeadWeights, RefineModules, plain_weights
 
-register("soft_query", reference=Backend())
-
-
-class RefineModules(Protocol):
-    """The part of a refine head this op reads (see `vsr1.models.refine`); H: the policy's width, D: the query's."""
-
-    @property
-    def refine_projector(self) -> nn.Module:
-        """Linear(H, D) - LayerNorm - GELU - Linear(D, D)."""
-        ...
-
-    @property
-    def refine_gate(self) -> nn.Module | None:
-        """Linear(H, 1), whose sigmoid scales the mean; None for no gate."""
-        ...
-
-    @property
-    def refine_latent_input_projector(self) -> nn.Module:
-        """LayerNorm - Linear(D, H)."""
-        ...
-
-
-@dataclass(frozen=True)
-class NoiseStream:
-    """A position in the stream of normal numbers that `seed` names; `offset` counts the blocks of four drawn before.
-
-    Immutable: a step returns the stream to go on with, so keeping a stream is enough to draw the same noise again.
-    """
-
-    seed: int
-    offset: int = 0
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.seed < 2**64 and 0 <= self.offset < 2**62):
-            raise ValueError(f"seed must lie in [0, 2^64) and offset in [0, 2^62); got {self.seed}, {self.offset}")
-
-    def after(self, count: int) -> NoiseStream:
-        """The stream behind `count` numbers; a block that was begun is not used again."""
-        return NoiseStream(self.seed, self.offset + -(-count // 4))
+__all__ = [
+    "NoiseStream",
+    "RefineModules",
+    "SoftStep",
+    "gaussian_logp",
+    "philox4x32",
+    "philox_normal",
+    "reference",
+    "soft_token_step",
+]
 
 
 class SoftStep(NamedTuple):
@@ -90,10 +68,12 @@ def soft_token_step(
             there is a gate.
         sigma: standard deviation of every coordinate of the action; 0 takes the mean.
         generator: where the noise comes from; needed when sigma > 0, returned unchanged when it is 0.
+        backend: "auto", "cpu" (compiled C++; float32 and bfloat16 heads), "cuda" (one launch on Ampere GPUs and newer),
+            "triton" (GPU), both for up to 64 rows, or "reference" (torch).
 
     Raises:
         TypeError: `hidden` is not a floating point tensor. ValueError: not (B, H), a negative or non-finite sigma, or
-        sigma > 0 without a generator.
+        sigma > 0 without a generator. BackendUnavailable: the named backend cannot serve this call.
     """
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
         raise TypeError(
@@ -105,86 +85,50 @@ def soft_token_step(
         raise ValueError(f"sigma must be finite and at least 0; got {sigma}")
     if sigma > 0 and generator is None:
         raise ValueError(f"sigma={sigma} needs noise: pass generator=NoiseStream(seed)")
-    if not torch.compiler.is_compiling():  # the reference is plain torch and traces by itself; the choice does not
-        resolve("soft_query", backend, device=hidden.device, dtype=hidden.dtype)
-    return reference(hidden, head, sigma, generator)
+    weights = plain_weights(head)
+    unfit = _unfit(hidden, weights, backend)
+    if unfit is not None or backend == "reference" or isinstance(weights, str):
+        # The reference is plain torch and traces by itself; the choice does not.
+        if not torch.compiler.is_compiling():
+            resolve("soft_query", backend, device=hidden.device, dtype=hidden.dtype, unfit=unfit)
+        elif backend not in ("auto", "reference"):
+            raise BackendUnavailable(f"soft_query: backend {backend!r} {unfit}")
+        return reference(hidden, head, sigma, generator)
+    noise = generator if sigma > 0 and generator is not None else NoiseStream(0)
+    seed = noise.seed - 2**64 if noise.seed >= 2**63 else noise.seed  # a torch op takes signed numbers
+    state = hidden.to(weights.tensors[0].dtype)
+    outputs = soft_step(state, weights.tensors, weights.epsilons, sigma, seed, noise.offset, backend)
+    mean, action, logp, policy_input = outputs
+    return SoftStep(mean, action, logp, policy_input.to(hidden.dtype), _behind(generator, sigma, mean))
 
 
 def reference(hidden: Tensor, head: RefineModules, sigma: float, noise: NoiseStream | None) -> SoftStep:
     """The op in plain torch; arguments as in `soft_token_step`.
 
-    It calls the head's modules rather than reading their weights, so hooks on them (sharding, adapters) keep working.
+    It calls the head's modules rather than reading their weights.
     """
-    dtype = next(head.refine_projector.parameters()).dtype
-    state = hidden.to(dtype)
-    mean = head.refine_projector(state)
-    if head.refine_gate is not None:
-        mean = mean * torch.sigmoid(head.refine_gate(state))
-    # A half-precision action would round the noise away and its log-probability with it.
-    mean = mean.to(torch.promote_types(mean.dtype, torch.float32))
-    if sigma > 0 and noise is not None:
-        action = mean + sigma * philox_normal(mean.shape, noise, device=mean.device).to(mean.dtype)
-        logp = gaussian_logp(action.detach(), mean, sigma)
-        noise = noise.after(mean.numel())
-    else:
-        action, logp = mean, mean.new_zeros(mean.shape[0])
-    policy_input = head.refine_latent_input_projector(action.to(dtype)).to(hidden.dtype)
-    return SoftStep(mean, action, logp, policy_input, noise)
+    state = hidden.to(next(head.refine_projector.parameters()).dtype)
+    maps = head.refine_projector, head.refine_gate, head.refine_latent_input_projector
+    mean, action, logp, policy_input = compute(state, *maps, sigma, noise)
+    return SoftStep(mean, action, logp, policy_input.to(hidden.dtype), _behind(noise, sigma, mean))
 
 
-def gaussian_logp(action: Tensor, mean: Tensor, sigma: float) -> Tensor:
-    """Log-density of `action` (..., D) under N(mean, sigma^2 I), **averaged over the D coordinates**; shape (...).
-
-    (1/D) sum_d [ -(a_d - m_d)^2 / (2 sigma^2) - log sigma - log(2 pi) / 2 ].
-
-    The average and not the sum, because what it feeds is a clipped probability ratio: for D = 2048 the joint density
-    ratio leaves any clip range after a step no single coordinate would notice, while the geometric mean over
-    coordinates keeps the scale of one token's ratio. At ratio 1 the gradient is the true score divided by D: same
-    direction, a scale that belongs to the loss weight. GSPO makes the same choice for the tokens of a sequence (arXiv
-    2507.18071).
-
-    Raises ValueError for sigma <= 0 or shapes that differ.
-    """
-    if not (math.isfinite(sigma) and sigma > 0):
-        raise ValueError(f"a density needs a finite sigma above 0; got {sigma}")
-    if action.shape != mean.shape:
-        raise ValueError(f"action {tuple(action.shape)} and mean {tuple(mean.shape)} must have one shape")
-    return -((action - mean) / sigma).square().mean(-1) / 2 - math.log(sigma) - math.log(2 * math.pi) / 2
+def _behind(noise: NoiseStream | None, sigma: float, mean: Tensor) -> NoiseStream | None:
+    return noise.after(mean.numel()) if sigma > 0 and noise is not None else noise
 
 
-def philox_normal(
-    shape: torch.Size | tuple[int, ...], noise: NoiseStream, device: torch.device | str = "cpu"
-) -> Tensor:
-    """Standard normal numbers of `shape`, float32, that depend on (seed, offset) and the position alone.
-
-    Block i of four consecutive numbers is Philox4x32-10 of counter offset + i under the key `seed`, turned into normals
-    pair by pair (Box-Muller, in float64). Devices agree to float32 rounding.
-    """
-    count = math.prod(shape)
-    counter = torch.arange(noise.offset, noise.after(count).offset, dtype=torch.int64, device=device)
-    zero = torch.zeros_like(counter)
-    words = philox4x32(torch.stack([counter & _MASK, counter >> 32, zero, zero]), noise.seed)
-    # (0, 1] for the radius, whose logarithm must exist; [0, 1) for the angle
-    radius = torch.sqrt(-2 * torch.log((words[0::2].double() + 1) / 2**32))
-    angle = 2 * math.pi * (words[1::2].double() / 2**32)
-    normal = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)])
-    return normal.permute(2, 1, 0).reshape(-1)[:count].reshape(shape).float()
-
-
-_MASK = 0xFFFFFFFF
-
-
-def philox4x32(counter: Tensor, seed: int) -> Tensor:
-    """Philox4x32-10 of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-
-    `counter` (4, n) int64 holds 32-bit words, least significant first; `seed` is the 64-bit key. Returns (4, n) int64
-    words in [0, 2^32). The 32 x 32 bit products wrap around in int64; shift and mask recover both halves of them all
-    the same.
-    """
-    c0, c1, c2, c3 = counter.unbind()
-    k0, k1 = seed & _MASK, seed >> 32
-    for _ in range(10):
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return torch.stack([c0, c1, c2, c3])
+def _unfit(hidden: Tensor, weights: HeadWeights | str, backend: str) -> str | None:
+    """Why this call is for the reference, as half a sentence about any other backend; or None."""
+    if isinstance(weights, str):
+        return weights
+    if torch.is_autocast_enabled(hidden.device.type):
+        return "computes in the head's own type; torch.autocast asks for another"
+    if hidden.device != weights.tensors[0].device or hidden.shape[1] != weights.tensors[0].shape[1]:
+        first = weights.tensors[0]
+        return (
+            f"takes (B, {first.shape[1]}) hidden states on {first.device}; got {tuple(hidden.shape)} on {hidden.device}"
+        )
+    asked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden, *weights.tensors))
+    if asked and backend == "auto":
+        return "would compute the step twice for its gradient; it does where it is named"
+    return None
