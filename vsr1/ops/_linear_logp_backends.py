@@ -38,7 +38,6 @@ linear_logp = torch.ops.vsr1.linear_logp.default
 linear_logp_backward = torch.ops.vsr1.linear_logp_backward.default
 
 
-@torch.library.impl("vsr1::linear_logp", "default")
 def values(
     hidden: Tensor,
     weight: Tensor,
@@ -59,6 +58,9 @@ def values(
     return _FORWARD[name](hidden, weight, target.contiguous(), bias, temperature, entropy, chunk_bytes)
 
 
+torch.library.impl("vsr1::linear_logp", "default", values)
+
+
 @torch.library.register_fake("vsr1::linear_logp")
 def _(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, _: float, entropy: bool, *__: Any) -> Three:
     dtype, rows = accumulator(hidden), hidden.shape[0]
@@ -69,7 +71,6 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, _: fl
     )
 
 
-@torch.library.impl("vsr1::linear_logp_backward", "default")
 def gradients(
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
@@ -103,6 +104,9 @@ def gradients(
     if needs[0]:
         some_hidden = hidden.new_zeros(hidden.shape).index_copy_(0, kept, some_hidden)
     return some_hidden, grad_weight, grad_bias
+
+
+torch.library.impl("vsr1::linear_logp_backward", "default", gradients)
 
 
 @torch.library.register_fake("vsr1::linear_logp_backward")
