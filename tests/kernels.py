@@ -25,7 +25,7 @@ compiles = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles noth
 def compile_ahead(
     function: Any, constants: dict[str, Any], types: dict[str, str], aligned: set[str], cap: int
 ) -> dict[str, int]:
-    """Bytes of registers' spills and of shared memory of a kernel for sm_<cap>, by the ptxas that Triton itself would take.
+    """A kernel for sm_<cap> by the ptxas that Triton itself would take: registers, bytes of spills and of shared memory.
 
     constants holds the constexpr arguments, None for arguments left out, and the launch options; types the types of the others;
     aligned the numbers among them that are multiples of 16, as all addresses are.
@@ -59,4 +59,5 @@ def compile_ahead(
     assert done.returncode == 0, done.stderr
     spills = [int(number) for number in re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)]
     assert spills
-    return {"spills": sum(spills), "shared": built.metadata.shared}
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
+    return {"registers": max(registers), "spills": sum(spills), "shared": built.metadata.shared}

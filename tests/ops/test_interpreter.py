@@ -20,6 +20,7 @@ FILES = (
     "test_corpus_int8_triton.py",
     "test_corpus_scan_front.py",
     "test_corpus_scan_cuda_host.py",
+    "test_linear_logp_triton.py",
 )
 SELECTED = "triton or whole_op"  # the first two by their names; of the others what runs on Triton kernels
 
