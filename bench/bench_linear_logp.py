@@ -1,4 +1,4 @@
-"""linear_logp on the CPU, values and gradients, beside log_softmax on full logits: T = 2048, V = 32,000, H = 256."""
+"""linear_logp on the CPU, forward and backward, beside plain torch on whole logits and beside others' chunked losses."""
 
 from __future__ import annotations
 
@@ -7,73 +7,71 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
-from bench.harness import memory_within, within
-from vsr1.ops.linear_logp import linear_logp
+from bench import logp_peers as peers
+from bench.harness import Bound, memory_within, within
 
-Answer = tuple[Tensor, ...]
-"""logp (T,), entropy (T,), and the gradients of hidden (T, H) and weight (V, H)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZES = {"T2048-V32000-H256": (2048, 32_000, 256), "T256-V151936-H512": (256, 151_936, 512)}
+QUICK = {"T2048-V32000-H256": (128, 1000, 64), "T256-V151936-H512": (16, 3001, 32)}
+MAIN, WIDE = SIZES
+CASES = [
+    (MAIN, "fp32", 1.0, False),
+    (MAIN, "fp32", 0.5, False),
+    (MAIN, "fp32", 0.1, False),
+    (MAIN, "fp32", 1.0, True),
+    (MAIN, "bf16", 1.0, False),
+    (MAIN, "bf16", 0.5, False),
+    (WIDE, "fp32", 1.0, False),
+]
 
 
-def plain(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    logs = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)).log_softmax(-1)
-    return logs.gather(1, target[:, None])[:, 0], -(logs.exp() * logs).sum(-1)
-
-
-def ours(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    logp, entropy = linear_logp(hidden, weight, target, entropy=True)
-    assert entropy is not None
-    return logp, entropy
-
-
-def step(
-    function: Callable[..., tuple[Tensor, Tensor]], hidden: Tensor, weight: Tensor, target: Tensor, up: Tensor
-) -> Answer:
-    logp, entropy = function(hidden, weight, target)
-    grads = torch.autograd.grad((up * (logp + 0.01 * entropy)).sum(), (hidden, weight))
-    return logp.detach(), entropy.detach(), *grads
-
-
-def off(found: Answer, truth: Answer) -> list[float]:
-    """The distance of each part from the truth, as a share of its length."""
-    return [float((one.double() - true).norm() / true.norm()) for one, true in zip(found, truth, strict=True)]
-
-
-@pytest.mark.parametrize("share", [1.0, 0.5], ids=["all-rows", "half-the-rows"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_backward(race: Callable[..., None], quick: bool, dtype: str, share: float) -> None:
-    """`share` of the rows have an upstream gradient; the others should cost nothing in the backward pass."""
-    T, V, H = (128, 1000, 64) if quick else (2048, 32_000, 256)
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(T, H, generator=generator).to(DTYPES[dtype]).requires_grad_()
-    weight = (0.05 * torch.randn(V, H, generator=generator)).to(DTYPES[dtype]).requires_grad_()
-    target = torch.randint(V, (T,), generator=generator)
-    upstream = (torch.rand(T, generator=generator) < share).float()
-    every = torch.ones(T)
-    wide = (hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_())
-
-    def judge(up: Tensor) -> tuple[Answer, list[float]]:
-        """The truth, and how far from it an answer may be: twice as far as the plain expression of the same dtype."""
-        truth = step(plain, *wide, target, up)
-        return truth, [2 * distance + 1e-7 for distance in off(step(plain, hidden, weight, target, up), truth)]
-
+@pytest.mark.parametrize(
+    ("size", "dtype", "share", "frozen"),
+    CASES,
+    ids=[f"{size}-{dtype}-{share:.0%}{'-frozen' * frozen}" for size, dtype, share, frozen in CASES],
+)
+def test_rows(race: Callable[..., None], quick: bool, size: str, dtype: str, share: float, frozen: bool) -> None:
+    """Log-probabilities and entropy; `share` of the rows have an upstream gradient, the others should cost nothing."""
+    T, V, H = (QUICK if quick else SIZES)[size]
+    hidden, weight, target = peers.inputs(T, V, H, DTYPES[dtype], frozen=frozen)
+    up = (torch.rand(T, generator=torch.Generator().manual_seed(1)) < share).float()
+    others, absent = peers.available(peers.ROWS)
+    if dtype == "bf16" and share < 1:
+        others = {}  # seconds a call where torch emulates bfloat16; the whole rows show them
+    bounds: list[Bound] = []
+    judge = peers.Judge(peers.row_step, peers.plain, hidden, weight, target, up)
     contenders = {
-        "vsr1": partial(step, ours, hidden, weight, target, upstream),
-        "plain": partial(step, plain, hidden, weight, target, upstream),
+        name: partial(peers.row_step, function, hidden, weight, target, up)
+        for name, function in {"vsr1": peers.ours, **others}.items()
     }
-    judges = dict.fromkeys(contenders, judge(upstream))
-    bounds = [within(1.25 if dtype == "fp32" else 1.0, "plain"), memory_within(1 / 8, "plain")]
+    if size == MAIN and share == 1 and not frozen:
+        bounds = [within(1.25 if dtype == "fp32" else 1.0, "plain"), memory_within(1 / 8, "plain")]
     if share < 1:
-        contenders["own, every row"] = partial(step, ours, hidden, weight, target, every)
-        judges["own, every row"] = judge(every)
-        bounds = [within(0.7, "own, every row")]
+        every = torch.ones(T)
+        whole = "own, every row"
+        contenders[whole] = partial(peers.row_step, peers.ours, hidden, weight, target, every)
+        judges = {whole: peers.Judge(peers.row_step, peers.plain, hidden, weight, target, every)}
+        bounds = [within(0.7, whole)] if share == 0.5 else []
+    else:
+        judges = {}
 
-    def check(name: str, answer: Answer) -> None:
-        truth, allowed = judges[name]
-        distances = off(answer, truth)
-        if any(not one <= most for one, most in zip(distances, allowed, strict=True)):
-            raise AssertionError(f"{name}: logp, entropy and gradients are off by {distances}; {allowed} is allowed")
+    race(
+        f"{dtype} T = {T:,}, V = {V:,}, H = {H}, {share:.0%} of rows with gradient{', frozen head' * frozen}",
+        {**contenders, **absent},
+        lambda name, answer: judges.get(name, judge)(name, answer),
+        bounds=bounds,
+    )
 
-    race(f"{dtype} T = {T:,}, V = {V:,}, H = {H}, {share:.0%} of rows with gradient", contenders, check, bounds=bounds)
+
+def test_mean(race: Callable[..., None], quick: bool) -> None:
+    """The gradient of the mean log-probability alone, which every fused loss has."""
+    T, V, H = (QUICK if quick else SIZES)[MAIN]
+    hidden, weight, target = peers.inputs(T, V, H, torch.float32)
+    others, absent = peers.available(peers.MEANS)
+    contenders = {
+        name: partial(peers.mean_step, function, hidden, weight, target)
+        for name, function in {"vsr1": peers.ours_mean, **others}.items()
+    }
+    judge = peers.Judge(peers.mean_step, peers.plain_mean, hidden, weight, target)
+    race(f"fp32 T = {T:,}, V = {V:,}, H = {H}, mean log-probability", {**contenders, **absent}, judge)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
@@ -106,14 +107,14 @@ def test_a_library_older_than_its_sources_is_stale(tmp_path: Path) -> None:
     assert gpu.stale(tmp_path / "vsr1", tmp_path) == ["vsr1._cuda"]
 
 
-def test_the_tests_that_are_sanitized_exist() -> None:
+@pytest.mark.parametrize("op", sorted(path.stem for path in (ROOT / "bench").glob("gpu_*.py")))
+def test_the_tests_that_are_sanitized_exist(op: str) -> None:
     pytest.importorskip("triton")
-    from bench.gpu_corpus_scan import SANITIZED, TESTS
-
-    assert TESTS
-    for test in SANITIZED:
+    module = importlib.import_module(f"bench.{op}")
+    assert module.TESTS
+    for test in module.SANITIZED:
         path, _, name = test.partition("::")
-        assert path in TESTS
+        assert path in module.TESTS
         assert name in {
             node.name for node in ast.parse(Path(path).read_text()).body if isinstance(node, ast.FunctionDef)
         }
