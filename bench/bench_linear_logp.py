@@ -16,6 +16,7 @@ from vsr1.ops._linear_logp_kernels import multiplies_bfloat16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"T2048-V32000-H256": (2048, 32_000, 256), "T256-V151936-H512": (256, 151_936, 512)}
+EMULATED_ROWS = 64  # where torch emulates products of bfloat16: its own path takes a minute for 2048 rows
 QUICK = {"T2048-V32000-H256": (128, 1000, 64), "T256-V151936-H512": (16, 3001, 32)}
 MAIN, WIDE = SIZES
 SHARES = {1.0: "all", 0.5: "half", 0.1: "tenth"}
@@ -47,7 +48,11 @@ def judged(
 )
 def test_rows(race: Callable[..., None], quick: bool, size: str, dtype: str, share: float, frozen: bool) -> None:
     """Log-probabilities and entropy. Rows without upstream gradient should cost nothing in the backward pass."""
-    T, V, H = sizes = (QUICK if quick else SIZES)[size]
+    T, V, H = (QUICK if quick else SIZES)[size]
+    emulated = dtype == "bf16" and not multiplies_bfloat16()
+    if emulated:
+        T = min(T, EMULATED_ROWS)
+    sizes = T, V, H
     given, judge = judged(sizes, dtype, share, frozen)
     judges = {"vsr1": judge}
     others: dict[str, Any] = {}
@@ -59,17 +64,13 @@ def test_rows(race: Callable[..., None], quick: bool, size: str, dtype: str, sha
         contenders[OWN] = partial(peers.row_step, peers.ours, *all_given)
         bounds = [within(0.7, OWN)] if share == 0.5 else []
     else:
-        makers = {**peers.ROWS}
-        if dtype == "bf16" and not multiplies_bfloat16():
-            del makers["TRL chunked"]
-            absent["TRL chunked"] = (
-                "in bf16, on a processor without products of bfloat16, where torch takes seconds for one"
-            )
-        others, missing = peers.available(makers)
-        absent |= missing
+        others, absent = peers.available(peers.ROWS)
     contenders |= {name: partial(peers.row_step, function, *given) for name, function in others.items()}
     if size == MAIN and share == 1 and not frozen:
-        bounds = [within(1.25 if dtype == "fp32" else 1.0, "plain"), memory_within(1 / 8, "plain")]
+        bounds = [within(1.25 if dtype == "fp32" else 1.0, "plain")]
+        bounds += [memory_within(1 / 8, "plain")] * (
+            not emulated
+        )  # few rows have few logits beside the weight's gradient
     race(
         f"{dtype} T = {T:,}, V = {V:,}, H = {H}, {share:.0%} of rows with gradient{', frozen head' * frozen}",
         {**contenders, **absent},
