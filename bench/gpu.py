@@ -146,6 +146,7 @@ def measure(op: str, module: ModuleType, limit: float) -> list[Measurement]:
 def machine() -> dict[str, Any]:
     """Where GPU figures are measured, with what, and when."""
     packages = ("torch", "triton", "faiss-gpu", "faiss-gpu-cuvs", "cuvs-cu12", "cuvs-cu13", "flashlib")
+    packages += ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
     return {
         "name": torch.cuda.get_device_name(),
         "date": date.today().isoformat(),

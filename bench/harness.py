@@ -250,7 +250,7 @@ def machine() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "threads": torch.get_num_threads(),
         "python": ".".join(map(str, sys.version_info[:3])),
-        **versions("torch", "numpy", "faiss-cpu", "usearch"),
+        **versions("torch", "numpy", "faiss-cpu", "usearch", "trl", "liger-kernel"),
     }
 
 

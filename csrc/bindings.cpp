@@ -6,6 +6,7 @@
 #include <array>
 
 #include "vsr1/corpus_scan.h"
+#include "vsr1/linear_logp.h"
 #include "vsr1/soft_query.h"
 
 namespace py = pybind11;
@@ -97,6 +98,27 @@ void noise_pairs(uintptr_t radius_words, uintptr_t angle_words, int64_t count, u
         pointer<float>(second));
 }
 
+vsr1::LogitTile logit_tile(
+    uintptr_t products, int64_t rows, int64_t columns, int64_t stride, bool bfloat16, int64_t first, uintptr_t target,
+    uintptr_t bias, float scale, int threads) {
+    return {pointer<void>(products), rows,  columns, stride, bfloat16, first, pointer<const int64_t>(target),
+            pointer<const float>(bias), scale, threads};
+}
+
+void add_logits(const vsr1::LogitTile& tile, uintptr_t peak, uintptr_t total, uintptr_t weighted, uintptr_t picked) {
+    const vsr1::RowSums sums{pointer<float>(peak), pointer<float>(total), pointer<float>(weighted), pointer<float>(picked)};
+    const py::gil_scoped_release release;
+    vsr1::add_logits(tile, sums);
+}
+
+void logits_to_gradient(
+    const vsr1::LogitTile& tile, uintptr_t lse, uintptr_t upstream, uintptr_t slope, uintptr_t entropy) {
+    const vsr1::RowGradient gradient{
+        pointer<const float>(lse), pointer<const float>(upstream), pointer<const float>(slope), pointer<const float>(entropy)};
+    const py::gil_scoped_release release;
+    vsr1::logits_to_gradient(tile, gradient);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -119,6 +141,16 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "noise_pairs", &noise_pairs, py::arg("radius_words"), py::arg("angle_words"), py::arg("count"), py::arg("first"),
         py::arg("second"));
+    py::class_<vsr1::LogitTile>(module, "LogitTile", "Products of hidden states with a part of the vocabulary")
+        .def(
+            py::init(&logit_tile), py::kw_only(), py::arg("products"), py::arg("rows"), py::arg("columns"), py::arg("stride"),
+            py::arg("bfloat16"), py::arg("first"), py::arg("target"), py::arg("bias"), py::arg("scale"), py::arg("threads"));
+    module.def(
+        "add_logits", &add_logits, py::arg("tile"), py::kw_only(), py::arg("peak"), py::arg("total"), py::arg("weighted"),
+        py::arg("picked"));
+    module.def(
+        "logits_to_gradient", &logits_to_gradient, py::arg("tile"), py::kw_only(), py::arg("lse"), py::arg("upstream"),
+        py::arg("slope"), py::arg("entropy"));
     module.def("isas", &vsr1::isas, "Instruction sets this processor has, best first");
     module.def("isa", &vsr1::isa, "The instruction set in use");
     module.def("use_isa", &vsr1::use_isa, py::arg("name"), "Use another one of isas()");

@@ -107,10 +107,10 @@ def test_a_library_older_than_its_sources_is_stale(tmp_path: Path) -> None:
     assert gpu.stale(tmp_path / "vsr1", tmp_path) == ["vsr1._cuda"]
 
 
-@pytest.mark.parametrize("op", ["corpus_scan", "soft_query"])
+@pytest.mark.parametrize("op", sorted(path.stem for path in (ROOT / "bench").glob("gpu_*.py")))
 def test_the_tests_that_are_sanitized_exist(op: str) -> None:
     pytest.importorskip("triton")
-    module = importlib.import_module(f"bench.gpu_{op}")
+    module = importlib.import_module(f"bench.{op}")
     assert module.TESTS and all(Path(path).exists() for path in module.TESTS)
     for test in module.SANITIZED:
         path, _, name = test.partition("::")
