@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -229,6 +234,35 @@ def test_a_build_that_was_cut_short_is_unfinished_and_goes_on(
     build(target, SMALL, seed=3)
     assert len(calls) == 10 + 42 - 9
     assert contents(target) == contents(finished)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_leave_with_a_killed_parent(tmp_path: Path) -> None:
+    code = "import sys; from vsr1.data.world import *; build(sys.argv[1], WorldConfig(workers=2), seed=0)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "world")], start_new_session=True) as builder:
+        wait_until(lambda: any(tmp_path.rglob("*.mp4")))
+        builder.kill()
+    # The session's other processes: workers and what multiprocessing starts beside them.
+    wait_until(lambda: not alive(builder.pid))
+
+
+def alive(group: int) -> bool:
+    """Whether a process of the group runs; one that only waits to be reaped does not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, its_group = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it ended meanwhile
+            continue
+        if int(its_group) == group and state != "Z":
+            return True
+    return False
+
+
+def wait_until(happened: Callable[[], bool], patience: float = 60.0) -> None:
+    limit = time.monotonic() + patience
+    while not happened():
+        assert time.monotonic() < limit, f"waited for {patience:.0f} s in vain"
+        time.sleep(0.05)
 
 
 def test_another_world_is_refused_by_name(folder: Path) -> None:

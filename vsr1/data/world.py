@@ -17,6 +17,7 @@ import errno
 import json
 import multiprocessing
 import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -333,7 +334,8 @@ def _render_all(
                 progress(done, total)
         return
     # Started afresh, not forked: the caller may hold torch's threads and locks, which a fork would copy half-alive.
-    executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    context = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_with_parent)
     try:
         for future in as_completed([executor.submit(_render, root, config, chunk) for chunk in chunks]):
             done += future.result()
@@ -341,6 +343,18 @@ def _render_all(
                 progress(done, total)
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _leave_with_parent() -> None:
+    """Ends this worker when its parent is killed: a pool's workers wait for work from each other's ends of a pipe."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _render(root: Path, config: WorldConfig, chunk: list[_Placed]) -> int:

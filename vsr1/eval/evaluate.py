@@ -37,10 +37,11 @@ CONTROLS: dict[str, tuple[Refinement, bool]] = {
 
 @dataclass
 class EvaluationSettings:
-    """turns of the loop; at most this many queries (0 for all); bootstrap resamples."""
+    """turns of the loop; at most this many queries (0 for all), tokens a reply, bootstrap resamples."""
 
     turns: int = 3
     queries: int = 500
+    max_tokens: int = 96
     resamples: int = 2000
 
 
@@ -69,7 +70,7 @@ def evaluate(
     runs: dict[str, list[Trajectory]] = {}
     for number, (name, (refinement, exclude)) in enumerate(conditions.items()):
         loop = LoopSettings(turns=settings.turns, refinement=refinement, exclude=exclude, batch=128)
-        loop = replace(loop, sampling=replace(loop.sampling, seed=seed))
+        loop = replace(loop, sampling=replace(loop.sampling, seed=seed, max_tokens=settings.max_tokens))
 
         def tell(done: int, total: int, before: int = number) -> None:
             if progress is not None:
