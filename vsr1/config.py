@@ -70,7 +70,7 @@ def quick() -> RunConfig:
         embedder=EmbedderTraining(optimisation=few(8), batch=12),
         sft=SftTraining(optimisation=few(12), batch=8, refine_rows=4, refine_from=0.4, contrast_from=0.6),
         grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2, max_tokens=32),
-        evaluation=EvaluationSettings(queries=12, turns=2, max_tokens=40, resamples=200),
+        evaluation=EvaluationSettings(queries=8, turns=2, max_tokens=40, resamples=200),
     )
 
 

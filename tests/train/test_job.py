@@ -214,17 +214,17 @@ def test_the_figures_of_both_policies(run: Path, stage: str) -> None:
 
 def test_the_evaluation_as_a_whole(run: Path) -> None:
     found = read(run / "eval.json")
-    assert (found["seed"], found["split"], found["queries"], found["corpus_size"]) == (1, "test", 12, 24)
+    assert (found["seed"], found["split"], found["queries"], found["corpus_size"]) == (1, "test", 8, 24)
     assert {"world", "embedder", "sft", "grpo"} <= set(found["stages_seconds"])
     assert {"before R@1", "after R@1", "vcmr 0.5", "ver"} <= set(found["difference"])
     assert all(interval(one) for one in found["difference"].values())
-    assert found["sft"]["queries"] == found["grpo"]["queries"] == 12
+    assert found["sft"]["queries"] == found["grpo"]["queries"] == 8
     assert found["sft"]["failed"] == found["grpo"]["failed"] == 0
 
 
 def test_trajectories_and_report(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
-    assert len(lines) == 12
+    assert len(lines) == 8
     assert all(line["turns"] and line["video_id"].startswith("test-") for line in lines)
     page = (run / "report.html").read_text()
     assert page.rstrip().endswith("</html>")
