@@ -6,7 +6,6 @@
 #include "vsr1/corpus_scan.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -16,6 +15,7 @@
 #include "best.h"
 #include "exclusion.h"
 #include "instruction_sets.h"
+#include "packed.h"
 #include "vsr1/parallel.h"
 
 namespace vsr1 {
@@ -45,11 +45,12 @@ class Sweep {
         : task_(task),
           output_(output),
           kernels_(current_kernels()),
-          stride_(round_up(task.rows.dim, 64)),
-          layout_(choose_layout()),
-          exclusion_(task.exclude, task.queries, task.exclude_width) {
-        for (int64_t d = 0; d < task.rows.dim; ++d) position_.push_back(kernels_.position(d, task.rows.bfloat16));
-    }
+          layout_(
+              current_kernels(), task.rows.dim, task.rows.bfloat16, task.query_bfloat16,
+              task.candidates_width < 0 ? task.queries : 1),
+          stride_(layout_.stride),
+          exclusion_(task.exclude, task.queries, task.exclude_width),
+          packed_(pack(0, task.queries)) {}
 
     void run() {
         if (task_.queries == 0) return;
@@ -59,7 +60,6 @@ class Sweep {
         const int64_t scored = listed ? task_.candidates_width : task_.rows.count;
         const double work = double(scored) * task_.rows.dim * task_.queries;
         const int threads = std::max(1, int(std::min<double>(task_.threads, work / kThreadWork)));
-        packed_ = pack(0, task_.queries);
         bar_.assign(task_.queries, kInfinity);
         if (task_.positive) parallel_for(task_.queries, threads, [&](int64_t q) { score_positive(q); });
         if (listed) {
@@ -80,59 +80,21 @@ class Sweep {
     }
 
    private:
-    // How queries are laid out, and thereby which kernel scores them. One for the whole sweep, so that a row's score is the same
-    // wherever it is computed.
-    enum class Layout { kPlain, kMany, kPairs };
-
-    Layout choose_layout() const {
-        if (kernels_.score_pairs && task_.query_bfloat16 && task_.rows.bfloat16) return Layout::kPairs;
-        const bool together = task_.candidates_width < 0;
-        return together && task_.queries >= kernels_.many_queries ? Layout::kMany : Layout::kPlain;
-    }
-
-    // Queries as the kernels read them.
-    struct Packed {
-        int64_t count;
-        Aligned<float> floats;
-        Aligned<BFloat16> pairs;  // instead, where bfloat16 queries are multiplied as they are
-    };
-
     Packed pack(int64_t first, int64_t count) const {
-        Packed packed{count, {}, {}};
+        Packed packed(layout_, count);
         const float* query = task_.query + first * task_.rows.dim;
-        const int64_t size = round_up(count, kQueryGroup) * stride_;
-        if (layout_ == Layout::kPairs) {
-            packed.pairs.resize(size);
-            for (int64_t q = 0; q < count; ++q)
-                for (int64_t d = 0; d < task_.rows.dim; ++d)
-                    packed.pairs[q * stride_ + d].bits = std::bit_cast<uint32_t>(query[q * task_.rows.dim + d]) >> 16;
-            if (kernels_.arrange_pairs) kernels_.arrange_pairs(packed.pairs.data(), count, stride_);
-        } else {
-            packed.floats.resize(size);
-            const int64_t lanes = layout_ == Layout::kMany ? kernels_.lanes : 1;
-            for (int64_t q = 0; q < count; ++q) {
-                float* group = packed.floats.data() + q / lanes * lanes * stride_ + q % lanes;
-                for (int64_t d = 0; d < task_.rows.dim; ++d) group[position_[d] * lanes] = query[q * task_.rows.dim + d];
-            }
-        }
+        for (int64_t q = 0; q < count; ++q)
+            for (int64_t d = 0; d < task_.rows.dim; ++d) packed.set(q, d, query[q * task_.rows.dim + d]);
+        if (packed.needs_arranging()) packed.arrange();
         return packed;
-    }
-
-    void score_block(const Packed& packed, const Block& block, float* out) const {
-        if (layout_ == Layout::kPairs)
-            kernels_.score_pairs({packed.pairs.data(), packed.count, stride_}, block, out);
-        else if (layout_ == Layout::kMany)
-            kernels_.score_many({packed.floats.data(), packed.count, stride_}, block, out);
-        else
-            kernels_.score_block({packed.floats.data(), packed.count, stride_}, block, out);
     }
 
     // One part in the making: the queries it serves, from `first` on, its result so far, and scratch.
     struct Work {
         Work(const Sweep& sweep, const Packed& packed, int64_t first)
-            : queries(packed), bar(sweep.bar_.data() + first), scores(round_up(packed.count, kTileQueries) * kBlockRows) {
+            : queries(packed), bar(sweep.bar_.data() + first), scores(round_up(packed.count(), kTileQueries) * kBlockRows) {
             const ScanTask& task = sweep.task_;
-            const int64_t count = packed.count;
+            const int64_t count = packed.count();
             scales.resize(count);
             part.seen.resize(count);
             part.entries = std::make_unique_for_overwrite<Entry<float>[]>(count * task.k);
@@ -191,7 +153,7 @@ class Sweep {
             block.stride = 0;
             block.bfloat16 = task_.rows.bfloat16;
             std::vector<float> scores(kTileQueries * kBlockRows);
-            score_block(pack(q, 1), block, scores.data());
+            pack(q, 1).multiply(block, scores.data());
             score = scores[0];
         }
         output_.positive_score[q] = score;
@@ -200,9 +162,9 @@ class Sweep {
 
     void take_block(Work& work) const {
         Block& block = work.block;
-        score_block(work.queries, block, work.scores.data());
+        work.queries.multiply(block, work.scores.data());
         if (task_.expected) skip_unusable(block, work.scores.data());
-        for (int64_t q = 0; q < work.queries.count; ++q) {
+        for (int64_t q = 0; q < work.queries.count(); ++q) {
             float* score = work.scores.data() + q * kBlockRows;
             Seen& seen = work.part.seen[q];
             std::fill(score + block.count, score + kBlockRows, -kInfinity);
@@ -219,7 +181,7 @@ class Sweep {
                 take_mass(summary.highest, score, work, q);
         }
         if (task_.expected)
-            kernels_.add_block(work.queries.count, work.scales.data(), work.scores.data(), block, work.part.direction.data());
+            kernels_.add_block(work.queries.count(), work.scales.data(), work.scores.data(), block, work.part.direction.data());
         block.count = 0;
     }
 
@@ -302,20 +264,19 @@ class Sweep {
             }
         }
         float* out = output_.expected + target * task_.rows.dim;
-        for (int64_t d = 0; d < task_.rows.dim; ++d) out[d] = sum[position_[d]];
+        for (int64_t d = 0; d < task_.rows.dim; ++d) out[d] = sum[layout_.position[d]];
     }
 
     const ScanTask& task_;
     const ScanOutput& output_;
     const Kernels& kernels_;
-    const int64_t stride_;
     const Layout layout_;
+    const int64_t stride_;
     const int64_t column_ = 2 * kernels_.lanes;  // components that lie together in a direction
     const Exclusion exclusion_;
     const std::vector<float> zeros_ = std::vector<float>(stride_);
-    std::vector<int64_t> position_;  // where a component of a query lies
-    Packed packed_;                  // all queries
-    std::vector<float> bar_;         // (queries)
+    const Packed packed_;      // all queries
+    std::vector<float> bar_;   // (queries)
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // compiled once for each set by the files in isa/.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 namespace vsr1 {
@@ -16,6 +17,15 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 struct BFloat16 {
     uint16_t bits;
 };
+
+inline float widen(BFloat16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }
+
+// The nearest bfloat16, of two the even one; NaN stays NaN.
+inline BFloat16 narrow(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    if (value != value) return {0x7FFF};
+    return {uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
+}
 
 // `count` queries of `stride` components, behind them zeros up to a multiple of kQueryGroup. The stride is a multiple of 64.
 template <typename Element>

@@ -13,7 +13,6 @@
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -415,7 +414,7 @@ VSR1_TARGET static inline Doubles widen(const BFloat16* p) {
     return (Doubles)_mm256_cvtps_pd((__m128)words);
 #else
     float widened[kLanes / 2];
-    for (int i = 0; i < kLanes / 2; ++i) widened[i] = std::bit_cast<float>(uint32_t(p[i].bits) << 16);
+    for (int i = 0; i < kLanes / 2; ++i) widened[i] = vsr1::widen(p[i]);
     return widen(widened);
 #endif
 }

@@ -14,6 +14,7 @@
 #include "../cuda/noise.cuh"
 #include "aligned.h"
 #include "instruction_sets.h"
+#include "packed.h"
 #include "vsr1/parallel.h"
 
 namespace vsr1 {
@@ -21,14 +22,6 @@ namespace {
 
 constexpr int64_t kColumns = 512;      // columns of a row that are normalised in one piece of work
 constexpr int64_t kNoiseBlocks = 256;  // blocks of four numbers that are drawn in one piece
-
-float widen(BFloat16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }
-
-BFloat16 narrow(float value) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value);
-    if (value != value) return {0x7FFF};
-    return {uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};
-}
 
 // Where threads wait for each other. Waits here are microseconds, and being woken from a sleep takes tens of them.
 class Meeting {
@@ -64,47 +57,6 @@ struct Weights {
     const void* at(int64_t i) const { return static_cast<const char*>(data) + i * (bfloat16 ? 2 : 4); }
 };
 
-// (rows, width) numbers as the kernels read the left factor of a product: float32 or, where bfloat16 pairs are multiplied as they
-// lie, rounded to that.
-class LeftFactor {
-   public:
-    LeftFactor(const Kernels& kernels, int64_t rows, int64_t width, bool bfloat16)
-        : kernels_(kernels), rows_(rows), stride_(round_up(width, 64)) {
-        const int64_t size = round_up(rows, kQueryGroup) * stride_;
-        if (kernels.score_pairs && bfloat16) {
-            pairs_.resize(size);
-        } else {
-            floats_.resize(size);
-            for (int64_t d = 0; d < width; ++d) position_.push_back(kernels.position(d, bfloat16));
-        }
-    }
-
-    void set(int64_t row, int64_t column, float value) {
-        if (pairs_.empty())
-            floats_[row * stride_ + position_[column]] = value;
-        else
-            pairs_[row * stride_ + column] = narrow(value);
-    }
-
-    // Once all numbers are set, where the kernels want them in another order.
-    bool needs_arranging() const { return !pairs_.empty() && kernels_.arrange_pairs; }
-    void arrange() { kernels_.arrange_pairs(pairs_.data(), rows_, stride_); }
-
-    void multiply(const Block& block, float* out) const {
-        if (pairs_.empty())
-            kernels_.score_block({floats_.data(), rows_, stride_}, block, out);
-        else
-            kernels_.score_pairs({pairs_.data(), rows_, stride_}, block, out);
-    }
-
-   private:
-    const Kernels& kernels_;
-    const int64_t rows_, stride_;
-    Aligned<float> floats_;
-    Aligned<BFloat16> pairs_;
-    std::vector<int64_t> position_;  // where a column lies
-};
-
 struct Moments {
     double mean, scale;  // scale: 1 / standard deviation
 };
@@ -133,12 +85,13 @@ class Step {
     Step(const SoftTask& task, const SoftOutput& output)
         : task_(task),
           output_(output),
-          kernels_(current_kernels()),
           threads_(useful_threads(task)),
           noise_count_(task.sigma > 0 ? task.rows * task.query_width : 0),
-          hidden_(kernels_, task.rows, task.width, task.bfloat16),
-          inner_(kernels_, task.rows, task.query_width, task.bfloat16),
-          soft_(kernels_, task.rows, task.query_width, task.bfloat16),
+          width_(current_kernels(), task.width, task.bfloat16, true, task.rows),
+          query_width_(current_kernels(), task.query_width, task.bfloat16, true, task.rows),
+          hidden_(width_, task.rows),
+          inner_(query_width_, task.rows),
+          soft_(query_width_, task.rows),
           first_(task.rows * task.query_width),
           gate_(task.rows, 1.0f),
           noise_((noise_count_ + 3) / 4 * 4),
@@ -196,7 +149,7 @@ class Step {
     // Multiplies with block number `piece` of a matrix (outputs, width) and calls take(row, output, product).
     template <typename Take>
     void multiply(
-        const LeftFactor& left, const void* matrix, int64_t outputs, int64_t width, int64_t piece, float* scores,
+        const Packed& left, const void* matrix, int64_t outputs, int64_t width, int64_t piece, float* scores,
         const Take& take) const {
         Block block;
         const int64_t begin = piece * kBlockRows;
@@ -288,10 +241,10 @@ class Step {
 
     const SoftTask& task_;
     const SoftOutput& output_;
-    const Kernels& kernels_;
     const int threads_;
     const int64_t noise_count_;
-    LeftFactor hidden_, inner_, soft_;  // what the three matrices are multiplied with
+    const Layout width_, query_width_;
+    Packed hidden_, inner_, soft_;      // what the three matrices are multiplied with
     std::vector<float> first_;          // (B, D): the first layer's output
     std::vector<float> gate_;           // (B)
     std::vector<float> noise_;          // (B, D), whole blocks of four
