@@ -32,8 +32,8 @@ SCORE_ROUNDING = 2.0**-10
 near-equals is its own."""
 FASTER_THAN_FAISS = {1: 3.5, 8: 14.0, 64: 6.0, 256: 6.0}
 PRODUCTS = (
-    "with AVX2 alone every product is one of float32 (int8: of int16), so the time is that of B x N x D of them, and FAISS' BLAS "
-    "keeps the multipliers busier than we do; the goal is one for processors that multiply bfloat16 or int8 in matrix registers"
+    "with AVX2 alone every product is one of float32 (int8: of int16), so the time is that of B x N x D of them, which a BLAS "
+    "takes too; the goal is one for processors that multiply bfloat16 or int8 in matrix registers"
 )
 TWICE = (
     "the gradient is a second product as large as that of the scores, and with AVX2 alone the products take the time"

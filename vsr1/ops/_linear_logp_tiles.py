@@ -126,9 +126,8 @@ def forward(
         peak=hidden.new_full((rows,), -math.inf, dtype=torch.float32),
         total=hidden.new_zeros(rows, dtype=torch.float32),
         weighted=hidden.new_zeros(rows, dtype=torch.float32) if entropy else None,
-        picked=hidden.new_full(
-            (rows,), math.nan, dtype=torch.float32
-        ),  # it stays so for a target outside the vocabulary
+        # It stays so for a target outside the vocabulary.
+        picked=hidden.new_full((rows,), math.nan, dtype=torch.float32),
     )
     dtype = kernels.product_dtype(hidden.dtype)
     hidden = hidden.to(dtype)
