@@ -43,7 +43,10 @@ NOTES = {
     **{f"bf16 {count:,} x {D}, top-{K}, B = {B}": PRODUCTS for count in (SMALL, LARGE) for B in (8, 64, 256)},
     **{f"exact int8 {SMALL:,} x {D}, top-{K}, B = {B}": PRODUCTS for B in (8, 64)},
     **{f"bf16 {SMALL:,} x {D}, InfoNCE and its gradient, B = {B}": TWICE for B in (1, 8, 16, 128)},
-    **{f"{kind} x {D}, top-{K}, B = 1": READING for kind in (f"bf16 {SMALL:,}", f"bf16 {LARGE:,}", f"exact int8 {SMALL:,}")},
+    **{
+        f"{kind} x {D}, top-{K}, B = 1": READING
+        for kind in (f"bf16 {SMALL:,}", f"bf16 {LARGE:,}", f"exact int8 {SMALL:,}")
+    },
 }
 """Case: one line on why it misses its goal, where it does."""
 
