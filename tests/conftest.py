@@ -29,6 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
         # A worker a core: more threads, also of the programs they run, only get in the way.
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
+    config.option.loadscopereorder = False  # xdist would begin with the files of most tests, not with the longest
     if not config.option.benchmark:
         return
     if not config.pluginmanager.hasplugin("benchmark"):
@@ -42,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.args = [str(config.rootpath / "bench")]
     config.addinivalue_line("python_files", "bench_*.py")
     config.option.benchmark_quiet = True  # bench/conftest.py prints the tables
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest comes first, so that with several processes none is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_job.py")
 
 
 def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
