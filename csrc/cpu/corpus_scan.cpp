@@ -50,7 +50,7 @@ class Sweep {
               task.candidates_width < 0 ? task.queries : 1),
           stride_(layout_.stride),
           exclusion_(task.exclude, task.queries, task.exclude_width),
-          packed_(pack(0, task.queries)) {}
+          packed_(pack(0, task.candidates_width < 0 ? task.queries : 0)) {}
 
     void run() {
         if (task_.queries == 0) return;
@@ -275,7 +275,7 @@ class Sweep {
     const int64_t column_ = 2 * kernels_.lanes;  // components that lie together in a direction
     const Exclusion exclusion_;
     const std::vector<float> zeros_ = std::vector<float>(stride_);
-    const Packed packed_;      // all queries
+    const Packed packed_;      // all queries, for a sweep that they share
     std::vector<float> bar_;   // (queries)
 };
 

@@ -1,4 +1,4 @@
-// What the sweeps need from an instruction set, and the sets that are compiled in. The inner loops themselves are kernels.inl,
+// What the ops need from an instruction set, and the sets that are compiled in. The inner loops themselves are kernels.inl,
 // compiled once for each set by the files in isa/.
 #pragma once
 
@@ -58,6 +58,10 @@ struct Bound {
     float per_scale;      // 127 x the sum of what the integers leave of the query
 };
 
+struct LogitTile;
+struct RowSums;
+struct RowGradient;
+
 struct Kernels {
     int lanes = 0;  // floats in a register; how queries of bfloat16 rows are laid out depends on it (`position`)
 
@@ -89,6 +93,10 @@ struct Kernels {
         float* upper) = nullptr;
     // The score of one row in float64.
     double (*score_exactly)(const float* query, const void* row, int64_t dim, bool bfloat16) = nullptr;
+
+    // One row of linear_logp's tile, forward and backward (vsr1/linear_logp.h).
+    void (*add_logits)(const LogitTile&, const RowSums&, int64_t row) = nullptr;
+    void (*differentiate_logits)(const LogitTile&, const RowGradient&, int64_t row) = nullptr;
 
     // Where component d of a query, or of `expected`, lies: bfloat16 rows are read as even and odd components.
     int64_t position(int64_t d, bool bfloat16) const {

@@ -1,4 +1,4 @@
-// The inner loops of the sweeps, written once with compiler vectors and compiled once for each instruction set, by the files in isa/.
+// The inner loops of the CPU ops, written once with compiler vectors and compiled once for each instruction set, by the files in isa/.
 // Each defines VSR1_ISA (a namespace), VSR1_TARGET (a function attribute), VSR1_LANES (floats in a register) and VSR1_REGISTERS; and,
 // where the set has them, VSR1_VNNI (sums of int16 products) and VSR1_BF16 (sums of bfloat16 products).
 //
@@ -23,6 +23,7 @@
 #endif
 
 #include "instruction_sets.h"
+#include "vsr1/linear_logp.h"
 
 // Keeps the compiler from reading a value again and again from memory, where the loads of a tile would outnumber its products.
 #if defined(__x86_64__)
@@ -42,6 +43,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 typedef float Vector __attribute__((vector_size(kLanes * 4)));
 typedef float Quad __attribute__((vector_size(16)));
 typedef int32_t Lanes __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
 typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));
 typedef int8_t Bytes __attribute__((vector_size(kLanes * 2)));
@@ -123,8 +125,8 @@ VSR1_TARGET static inline Four sums(V a, V b, V c, V d) {
     return __builtin_shufflevector(pq, rs, 0, 1, 4, 5) + __builtin_shufflevector(pq, rs, 2, 3, 6, 7);
 }
 
-// exp(x) for x <= 0 to 2 units in the last place (Cephes' polynomial); 0 below -87, NaN stays NaN.
-VSR1_TARGET static inline Vector exp_nonpositive(Vector x) {
+// exp(x) to 2 units in the last place for x in [-87, 88) (Cephes' polynomial); 0 below, NaN stays NaN.
+VSR1_TARGET static inline Vector exponential(Vector x) {
     const Vector low = Vector{} - 87.0f;
     const Lanes underflow = x < low;
     x = underflow ? low : x;
@@ -363,7 +365,7 @@ VSR1_TARGET static BlockSummary summarise(float* scores, float positive_score) {
 VSR1_TARGET static float soften(float* scores, float peak, float temperature) {
     Vector total = {};
     for (int i = 0; i < kBlockRows; i += kLanes) {
-        const Vector weight = exp_nonpositive((load<Vector>(scores + i) - peak) / temperature);
+        const Vector weight = exponential((load<Vector>(scores + i) - peak) / temperature);
         store(scores + i, weight);
         total += weight;
     }
@@ -445,6 +447,7 @@ VSR1_TARGET static double score_exactly(const float* query, const void* row, int
 
 #include "many.inl"
 #include "weighted_sum.inl"
+#include "linear_logp.inl"
 
 const Kernels kKernels = {
     .lanes = kLanes,
@@ -461,6 +464,8 @@ const Kernels kKernels = {
     .multiply_many = multiply_many,
     .bound_block = bound_block,
     .score_exactly = score_exactly,
+    .add_logits = add_logits,
+    .differentiate_logits = differentiate_logits,
 };
 
 }  // namespace vsr1::VSR1_ISA

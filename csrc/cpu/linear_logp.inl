@@ -1,94 +1,45 @@
-// The row kernels of linear_logp with compiler vectors, once for each instruction set that linear_logp.cpp includes it for. It
-// defines VSR1_ISA (a namespace), VSR1_TARGET (a function attribute) and VSR1_LANES (floats in a register).
+// The row kernels of linear_logp: a row of a tile of logits, read forward and turned into its gradient on the way back.
 //
 // A row of a tile fits L1, so its two passes forward (the highest logit, then the sums) read it from memory once. A logit is made
 // anew from its product wherever it is needed, by the same instructions: that costs less than writing it back, and the target's
 // logit cannot exceed the highest one by a rounding.
 
-namespace vsr1::VSR1_ISA {
-namespace {
+VSR1_TARGET static inline Vector read(const float* p) { return load<Vector>(p); }
 
-constexpr int64_t kLanes = VSR1_LANES;
-
-typedef float Vector __attribute__((vector_size(kLanes * 4)));
-typedef int32_t Lanes __attribute__((vector_size(kLanes * 4)));
-typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
-typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
-
-template <typename V>
-VSR1_TARGET inline V load(const void* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-
-VSR1_TARGET inline Vector splat(float c) { return c - Vector{}; }
-
-VSR1_TARGET inline Vector multiply_add(Vector a, Vector b, Vector c) {
-#if VSR1_LANES == 16
-    return (Vector)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif VSR1_LANES == 8
-    return (Vector)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-    return a * b + c;
-#endif
-}
-
-VSR1_TARGET inline Vector read(const float* p) { return load<Vector>(p); }
-
-VSR1_TARGET inline Vector read(const uint16_t* p) {
+VSR1_TARGET static inline Vector read(const BFloat16* p) {
     return (Vector)(__builtin_convertvector(load<Halves>(p), Words) << 16);
 }
 
-VSR1_TARGET inline void write(float* p, Vector v) { std::memcpy(p, &v, sizeof v); }
+VSR1_TARGET static inline void write(float* p, Vector v) { store(p, v); }
 
 // To the nearest bfloat16, ties to even; a NaN stays one.
-VSR1_TARGET inline void write(uint16_t* p, Vector v) {
+VSR1_TARGET static inline void write(BFloat16* p, Vector v) {
     const Words bits = (Words)v;
     const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const Halves halves = __builtin_convertvector(v == v ? rounded : Words{} + 0x7FC0, Halves);
-    std::memcpy(p, &halves, sizeof halves);
-}
-
-// exp(x) to 2 units in the last place for x in [-87, 88) (Cephes' polynomial); 0 below, NaN stays NaN.
-VSR1_TARGET inline Vector exponential(Vector x) {
-    const Vector low = splat(-87.0f);
-    const Lanes underflow = x < low;
-    x = underflow ? low : x;
-    const Lanes exponent = __builtin_convertvector(x * 1.44269504f - 0.5f, Lanes);
-    const Vector n = __builtin_convertvector(exponent, Vector);
-    Vector r = multiply_add(n, splat(-0.693359375f), x);
-    r = multiply_add(n, splat(2.12194440e-4f), r);
-    Vector y = splat(1.9875691500e-4f);
-    y = multiply_add(y, r, splat(1.3981999507e-3f));
-    y = multiply_add(y, r, splat(8.3334519073e-3f));
-    y = multiply_add(y, r, splat(4.1665795894e-2f));
-    y = multiply_add(y, r, splat(1.6666665459e-1f));
-    y = multiply_add(y, r, splat(5.0000001201e-1f));
-    y = multiply_add(y * r, r, r + 1.0f);
-    return underflow ? Vector{} : y * (Vector)((exponent + 127) << 23);
+    store(p, halves);
 }
 
 // x, or -87 below it: its product with an exponential that is 0 there is then 0, also where x is -inf.
-VSR1_TARGET inline Vector bounded(Vector x) { return x < -87.0f ? splat(-87.0f) : x; }
+VSR1_TARGET static inline Vector bounded(Vector x) { return x < -87.0f ? splat(-87.0f) : x; }
 
-VSR1_TARGET inline float sum(Vector v) {
+VSR1_TARGET static inline float sum(Vector v) {
     float total = 0.0f;
-    for (int64_t lane = 0; lane < kLanes; ++lane) total += v[lane];
+    for (int lane = 0; lane < kLanes; ++lane) total += v[lane];
     return total;
 }
 
 // Calls body(first, products, bias, count) for every register of a row; the last one is filled up with products of -inf, which are
 // words without probability.
 template <typename Element, typename Body>
-VSR1_TARGET inline void for_each_register(const LogitTile& tile, const Element* row, const Body& body) {
+VSR1_TARGET static inline void for_each_register(const LogitTile& tile, const Element* row, const Body& body) {
     int64_t j = 0;
     for (; j + kLanes <= tile.columns; j += kLanes)
         body(j, read(row + j), tile.bias ? load<Vector>(tile.bias + j) : Vector{}, kLanes);
     if (const int64_t left = tile.columns - j; left > 0) {
         Element products[kLanes];
         float bias[kLanes] = {};
-        write(products, splat(-std::numeric_limits<float>::infinity()));
+        write(products, splat(-kInfinity));
         std::memcpy(products, row + j, left * sizeof(Element));
         if (tile.bias) std::memcpy(bias, tile.bias + j, left * sizeof(float));
         body(j, read(products), load<Vector>(bias), left);
@@ -97,15 +48,14 @@ VSR1_TARGET inline void for_each_register(const LogitTile& tile, const Element* 
 
 // The target's product and bias in every lane; only where the tile holds the target.
 template <typename Element>
-VSR1_TARGET inline Vector target_logit(const LogitTile& tile, const Element* row, int64_t column) {
+VSR1_TARGET static inline Vector target_logit(const LogitTile& tile, const Element* row, int64_t column) {
     Element products[kLanes];
     std::fill_n(products, kLanes, row[column]);
     return multiply_add(read(products), splat(tile.scale), splat(tile.bias ? tile.bias[column] : 0.0f));
 }
 
 template <typename Element>
-VSR1_TARGET void add_row(const LogitTile& tile, const RowSums& sums, int64_t i) {
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+VSR1_TARGET static void add_row(const LogitTile& tile, const RowSums& sums, int64_t i) {
     const Element* row = static_cast<const Element*>(tile.products) + i * tile.stride;
     const Vector scale = splat(tile.scale);
     Vector highest = splat(-kInfinity);
@@ -114,7 +64,7 @@ VSR1_TARGET void add_row(const LogitTile& tile, const RowSums& sums, int64_t i) 
         highest = logits > highest ? logits : highest;
     });
     float raised = sums.peak[i];
-    for (int64_t lane = 0; lane < kLanes; ++lane) raised = std::max(raised, highest[lane]);
+    for (int lane = 0; lane < kLanes; ++lane) raised = std::max(raised, highest[lane]);
     const float level = raised == -kInfinity ? 0.0f : raised;  // -inf - -inf would be NaN
     Vector total = {}, weighted = {};
     for_each_register(tile, row, [&](int64_t, Vector products, Vector bias, int64_t) VSR1_TARGET {
@@ -137,12 +87,12 @@ VSR1_TARGET void add_row(const LogitTile& tile, const RowSums& sums, int64_t i) 
 }
 
 // p (level + slope log p) for log p = logit - lse, where level and slope hold all factors of the row.
-VSR1_TARGET inline Vector gradient_of(Vector log_p, float level, float slope) {
+VSR1_TARGET static inline Vector gradient_of(Vector log_p, float level, float slope) {
     return exponential(log_p) * multiply_add(bounded(log_p), splat(slope), splat(level));
 }
 
 template <typename Element>
-VSR1_TARGET void differentiate_row(const LogitTile& tile, const RowGradient& gradient, int64_t i) {
+VSR1_TARGET static void differentiate_row(const LogitTile& tile, const RowGradient& gradient, int64_t i) {
     Element* row = static_cast<Element*>(tile.products) + i * tile.stride;
     const float upstream = gradient.upstream[i], lse = gradient.lse[i];
     const float of_entropy = gradient.slope ? gradient.slope[i] : 0.0f;
@@ -166,13 +116,16 @@ VSR1_TARGET void differentiate_row(const LogitTile& tile, const RowGradient& gra
     }
 }
 
-const RowKernels kKernels = {
-    add_row<float>, add_row<uint16_t>, differentiate_row<float>, differentiate_row<uint16_t>,
-};
+VSR1_TARGET static void add_logits(const LogitTile& tile, const RowSums& sums, int64_t row) {
+    if (tile.bfloat16)
+        add_row<BFloat16>(tile, sums, row);
+    else
+        add_row<float>(tile, sums, row);
+}
 
-}  // namespace
-}  // namespace vsr1::VSR1_ISA
-
-#undef VSR1_ISA
-#undef VSR1_TARGET
-#undef VSR1_LANES
+VSR1_TARGET static void differentiate_logits(const LogitTile& tile, const RowGradient& gradient, int64_t row) {
+    if (tile.bfloat16)
+        differentiate_row<BFloat16>(tile, gradient, row);
+    else
+        differentiate_row<float>(tile, gradient, row);
+}
