@@ -338,3 +338,24 @@ private:
 };
 
 }  // namespace vsr1
+
+namespace emulation {
+
+// Runs `kernel` for blocks of so many threads, one after the other, in an order that the seed says, each in spoilt memory; false
+// where threads wait for each other for ever.
+inline bool run_grid(std::function<void()> kernel, int blocks, int block_threads, unsigned seed) {
+    body = std::move(kernel);
+    threads = block_threads;
+    gridDim.x = blocks;
+    std::vector<int> order(blocks);
+    for (int one = 0; one < blocks; ++one) order[one] = one;
+    std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+    for (const int one : order) {
+        blockIdx.x = one;
+        memset(vsr1::memory, 0xFF, sizeof(vsr1::memory));
+        if (!run_block(seed + one)) return false;
+    }
+    return true;
+}
+
+}  // namespace emulation

@@ -35,19 +35,8 @@ int run_kernel(const char* name, const void* arguments, int blocks, int threads,
     const Entry* found = entry(name);
     if (!found) return 1;
     if (shared < static_cast<int>(found->shared)) return 2;
-    emulation::body = [=] { found->kernel(arguments); };
-    emulation::threads = threads;
     emulation::threads_copy = !bulk;
-    gridDim.x = blocks;
-    std::vector<int> order(blocks);
-    for (int block = 0; block < blocks; ++block) order[block] = block;
-    std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-    for (const int block : order) {
-        blockIdx.x = block;
-        memset(vsr1::memory, 0xFF, sizeof(vsr1::memory));
-        if (!emulation::run_block(seed + block)) return 3;
-    }
-    return 0;
+    return emulation::run_grid([=] { found->kernel(arguments); }, blocks, threads, seed) ? 0 : 3;
 }
 
 int shared_bytes(const char* name) { return static_cast<int>(entry(name)->shared); }

@@ -7,18 +7,8 @@ extern "C" {
 int run_phase(const void* arguments, int bfloat16, int blocks, int threads, int phase, unsigned seed) {
     vsr1::SoftStep step = *static_cast<const vsr1::SoftStep*>(arguments);
     step.begin = phase, step.end = phase + 1;
-    emulation::threads = threads;
-    emulation::body = [&] { bfloat16 ? vsr1::soft_step_kernel<vsr1::Bfloat16>(step) : vsr1::soft_step_kernel<vsr1::Half>(step); };
-    gridDim.x = blocks;
-    std::vector<int> order(blocks);
-    for (int block = 0; block < blocks; ++block) order[block] = block;
-    std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-    for (const int block : order) {
-        blockIdx.x = block;
-        memset(vsr1::memory, 0xFF, sizeof(vsr1::memory));
-        if (!emulation::run_block(seed + block)) return 3;
-    }
-    return 0;
+    const auto kernel = [&] { bfloat16 ? vsr1::soft_step_kernel<vsr1::Bfloat16>(step) : vsr1::soft_step_kernel<vsr1::Half>(step); };
+    return emulation::run_grid(kernel, blocks, threads, seed) ? 0 : 3;
 }
 
 void layout(int64_t* sizes) {

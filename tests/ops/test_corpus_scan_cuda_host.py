@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import shutil
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,33 +20,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.ops.emulated import compile_host, needs_compiler
 from vsr1.ops import _corpus_cuda, _cuda_code, last_backend
 from vsr1.ops.corpus_scan import HiddenState, ScanResult, SoftQuery, refine_and_scan, scan
 
 triton = pytest.importorskip("triton")
 INTERPRETED = triton.knobs.runtime.interpret
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
-
-HERE = Path(__file__).parent
-CUDA = HERE.parent.parent / "csrc" / "cuda"
-PARTS = (CUDA / "arithmetic.cuh", HERE / "cuda_emulation.h", CUDA / "corpus_scan.cuh", CUDA / "projection.cuh",
-         HERE / "cuda_host.cpp")  # fmt: skip
+pytestmark = needs_compiler
 FLOATS = st.floats(-100, 100, width=32)
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("cuda_host")
-    text = "\n".join(part.read_text() for part in PARTS)
-    for directive in ('#include "instructions.cuh"\n', "#pragma once\n"):
-        text = text.replace(directive, "")
-    (folder / "host.cpp").write_text(text)
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    command = [str(COMPILER), *flags, "-o", str(folder / "host.so"), str(folder / "host.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[:4000]
-    library = ctypes.CDLL(str(folder / "host.so"))
+    library = compile_host(tmp_path_factory.mktemp("cuda_host"), ("corpus_scan.cuh", "projection.cuh"), "cuda_host.cpp")
     library.walk.restype = library.row_at.restype = ctypes.c_int64
     library.share_of.restype = library.length_of.restype = ctypes.c_float
     return library

@@ -7,9 +7,6 @@ show (test_soft_query_triton.py), what nvcc makes of the sources for test_corpus
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,38 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.ops.emulated import compile_host, needs_compiler
 from tests.ops.soft_query import NAMES, PARTS, STREAM, expect_step, make_head, make_hidden
 from vsr1.ops import _cuda_code, _soft_cuda
 from vsr1.ops._soft_backends import log_density, new_outputs
 from vsr1.ops._soft_head import HeadWeights, plain_weights
 from vsr1.ops.soft_query import SoftStep
 
-COMPILER = shutil.which("g++")
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
-HERE = Path(__file__).parent
-CUDA = HERE.parent.parent / "csrc" / "cuda"
-PARTS_OF_SOURCE = (
-    CUDA / "arithmetic.cuh",
-    HERE / "cuda_emulation.h",
-    CUDA / "noise.cuh",
-    CUDA / "soft_query.cuh",
-    HERE / "soft_host.cpp",
-)
+pytestmark = needs_compiler
 SHAPES = [(1, 32, 32), (5, 64, 96), (17, 288, 64), (33, 32, 64)]
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    folder = tmp_path_factory.mktemp("soft_host")
-    text = "\n".join(part.read_text() for part in PARTS_OF_SOURCE)
-    for directive in ('#include "instructions.cuh"\n', '#include "noise.cuh"\n', "#pragma once\n"):
-        text = text.replace(directive, "")
-    (folder / "host.cpp").write_text(text)
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-Wno-unknown-pragmas"]
-    command = [str(COMPILER), *flags, "-o", str(folder / "host.so"), str(folder / "host.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[:4000]
-    library = ctypes.CDLL(str(folder / "host.so"))
+    library = compile_host(tmp_path_factory.mktemp("soft_host"), ("noise.cuh", "soft_query.cuh"), "soft_host.cpp")
     library.shared_end.restype = ctypes.c_int64
     return library
 

@@ -76,6 +76,23 @@ CLIPS = {"clip_low": 0.15, "clip_high": 0.28}
 THEIR_CLIPS = {"epsilon_low": 0.15, "epsilon_high": 0.28}
 
 
+def our_loss(
+    case: Case, logp: Any, loss_type: Any, beta: float, **entropy_terms: Any
+) -> tuple[Tensor, dict[str, float]]:
+    return policy_loss(
+        logp,
+        case.old,
+        case.advantage,
+        case.mask,
+        loss_type=loss_type,
+        beta=beta,
+        ref_logp=case.ref,
+        max_length=LONGEST,
+        **CLIPS,
+        **entropy_terms,
+    )
+
+
 def their_name(loss_type: str) -> dict[str, str]:
     """Elsewhere gspo is grpo with ratios of sequences."""
     gspo = loss_type == "gspo"
@@ -87,17 +104,7 @@ def their_name(loss_type: str) -> dict[str, str]:
 def test_liger(loss_type: Any, beta: float, temperature: float) -> None:
     chunked = pytest.importorskip("liger_kernel.chunked_loss")
     case = Case(temperature)
-    loss, stats = policy_loss(
-        case.logp(),
-        case.old,
-        case.advantage,
-        case.mask,
-        loss_type=loss_type,
-        beta=beta,
-        ref_logp=case.ref,
-        max_length=LONGEST,
-        **CLIPS,
-    )
+    loss, stats = our_loss(case, case.logp(), loss_type, beta)
     liger = chunked.LigerFusedLinearGRPOLoss(
         beta=beta,
         temperature=temperature,
@@ -165,19 +172,7 @@ def test_trl(loss_type: Any, beta: float, temperature: float, bonus: float, dtyp
     trainer = pytest.importorskip("trl").GRPOTrainer
     case = Case(temperature, dtype)
     logp, entropy = case.logp(entropy=True)
-    loss, stats = policy_loss(
-        logp,
-        case.old,
-        case.advantage,
-        case.mask,
-        loss_type=loss_type,
-        beta=beta,
-        ref_logp=case.ref,
-        entropy=entropy,
-        entropy_bonus=bonus,
-        max_length=LONGEST,
-        **CLIPS,
-    )
+    loss, stats = our_loss(case, logp, loss_type, beta, entropy=entropy, entropy_bonus=bonus)
     stub = trl_trainer(case, loss_type, beta, bonus)
     mask = case.mask.long()
     inputs = {
