@@ -10,9 +10,13 @@ from vsr1.ops import last_backend
 from vsr1.ops.prefix import group_block_mask, shared_prefix_attention
 
 
-def tensors(groups=2, group=3, heads=4, key_heads=2, queries=1, prefix=7, suffix=5, width=8, dtype=torch.float64):
+def tensors(
+    groups=2, group=3, heads=4, key_heads=2, queries=1, prefix=7, suffix=5, width=8, dtype=torch.float64, owner=None
+):
+    """q, keys and values; with an `owner`, the prefix of each row, one prefix more than it names."""
     generator = torch.Generator().manual_seed(0)
-    rows = groups * group
+    rows = groups * group if owner is None else len(owner)
+    groups = groups if owner is None else max(owner) + 2
     shapes = [
         (rows, heads, queries, width),
         (groups, key_heads, prefix, width),
@@ -26,12 +30,13 @@ def tensors(groups=2, group=3, heads=4, key_heads=2, queries=1, prefix=7, suffix
 def plain(q, k_prefix, v_prefix, k_suffix, v_suffix, group, prefix_mask=None, suffix_mask=None, scale=None):
     """Every row with its own copy of the prefix, through torch's attention."""
     rows, _, queries, _ = q.shape
-    k = torch.cat([k_prefix.repeat_interleave(group, 0), k_suffix], 2)
-    v = torch.cat([v_prefix.repeat_interleave(group, 0), v_suffix], 2)
+    owner = group if isinstance(group, torch.Tensor) else torch.arange(rows) // group
+    k = torch.cat([k_prefix[owner], k_suffix], 2)
+    v = torch.cat([v_prefix[owner], v_suffix], 2)
     seen = torch.ones(rows, queries, k.shape[2], dtype=torch.bool)
     prefix = k_prefix.shape[2]
     if prefix_mask is not None:
-        seen[..., :prefix] = prefix_mask.repeat_interleave(group, 0)[:, None]
+        seen[..., :prefix] = prefix_mask[owner][:, None]
     if suffix_mask is not None:
         seen[..., prefix:] = suffix_mask if suffix_mask.dim() == 3 else suffix_mask[:, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=True)
@@ -45,6 +50,8 @@ CASES = {
     "L3": {"queries": 3},
     "no-prefix": {"prefix": 0},
     "no-suffix": {"suffix": 0},
+    "ragged": {"owner": [2, 0, 2, 2, 0, 1]},
+    "ragged-L3": {"owner": [3, 3, 0, 1, 0, 3], "queries": 3},
 }
 
 
@@ -52,12 +59,13 @@ CASES = {
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
 def test_equals_attention_over_concatenated_keys(case, masked):
     inputs = tensors(**case)
-    group, (rows, _, queries, _) = case.get("group", 3), inputs[0].shape
+    group = torch.tensor(case["owner"]) if "owner" in case else case.get("group", 3)
+    rows, _, queries, _ = inputs[0].shape
     prefix, suffix = inputs[1].shape[2], inputs[3].shape[2]
     masks = {}
     if masked:
         generator = torch.Generator().manual_seed(1)
-        masks["prefix_mask"] = torch.rand(rows // group, prefix, generator=generator) < 0.7
+        masks["prefix_mask"] = torch.rand(len(inputs[1]), prefix, generator=generator) < 0.7
         masks["suffix_mask"] = torch.rand(rows, queries, suffix, generator=generator) < 0.7
         if prefix:
             masks["prefix_mask"][:, 0] = True
@@ -83,6 +91,13 @@ def test_gradcheck():
     inputs = tensors(groups=1, group=2, heads=2, key_heads=1, queries=2, prefix=3, suffix=2, width=2)
     triangle = torch.ones(2, 2, dtype=torch.bool).tril().expand(2, 2, 2)
     assert torch.autograd.gradcheck(lambda *a: shared_prefix_attention(*a, group=2, suffix_mask=triangle), inputs)
+
+
+def test_gradcheck_of_ragged_groups():
+    inputs = tensors(heads=2, key_heads=1, queries=2, prefix=3, suffix=2, width=2, owner=[1, 0, 1])
+    owner = torch.tensor([1, 0, 1])
+    mask = torch.tensor([[True, False, True], [True, True, True], [True, True, True]])
+    assert torch.autograd.gradcheck(lambda *a: shared_prefix_attention(*a, group=owner, prefix_mask=mask), inputs)
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
@@ -155,10 +170,12 @@ def test_block_mask_by_hand():
         group_block_mask(2, [1, -1])
 
 
-def test_is_a_well_formed_custom_op():
-    inputs = tensors(groups=1, group=2)
-    mask = torch.ones(2, 1, 5, dtype=torch.bool)
-    torch.library.opcheck(torch.ops.vsr1.shared_prefix_attention, (*inputs, None, mask, 0.5, "auto"))
+@pytest.mark.parametrize("owner", [None, [1, 0]], ids=["even", "ragged"])
+def test_is_a_well_formed_custom_op(owner):
+    inputs = tensors(groups=1, group=2, owner=owner)
+    masks = None, torch.ones(2, 1, 5, dtype=torch.bool)
+    owner = None if owner is None else torch.tensor(owner)
+    torch.library.opcheck(torch.ops.vsr1.shared_prefix_attention, (*inputs, owner, *masks, 0.5, "auto"))
 
 
 @pytest.mark.parametrize(
@@ -166,6 +183,10 @@ def test_is_a_well_formed_custom_op():
     [
         ({"q": torch.zeros(6, 4, 8)}, "q must be"),
         ({"group": 4}, "group=4 must divide the 6 rows"),
+        ({"group": torch.zeros(5, dtype=torch.int64)}, r"group must be an int, or int64 \(6,\)"),
+        ({"group": torch.zeros(6)}, r"group must be .* torch.float32"),
+        ({"group": torch.tensor([0, 1, 2, 0, 1, 1])}, "group must name prefixes 0 to 1; it has values from 0 to 2"),
+        ({"group": torch.tensor([0, 1, -1, 0, 1, 1])}, "values from -1 to 1"),
         ({"k_prefix": torch.zeros(3, 2, 7, 8)}, r"k_prefix must have shape \(2, Hkv, length, 8\)"),
         ({"k_suffix": torch.zeros(6, 4, 5, 8), "v_suffix": torch.zeros(6, 4, 5, 8)}, "same number of key heads"),
         ({"v_suffix": torch.zeros(6, 2, 4, 8)}, "v_suffix must have the shape"),

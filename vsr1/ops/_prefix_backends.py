@@ -1,0 +1,210 @@
+"""How shared-prefix attention is computed: the custom ops `vsr1::shared_prefix_attention` and its backward, their backends, and
+the reference in plain torch.
+
+Rows come to their prefix in one of two ways: `owner` None, and then R // N consecutive rows belong to each of the N prefixes;
+or `owner` (R,), which names the prefix of each row. Forward gives the log-partition beside the output; the backward of either
+part needs no more of the other than that and the common output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vsr1.ops._dispatch import Backend, register, resolve
+
+# Not torch.library.custom_op, whose first call imports torch._dynamo: two seconds of everybody's first step.
+_INPUTS = (
+    "Tensor q, Tensor k_prefix, Tensor v_prefix, Tensor k_suffix, Tensor v_suffix, "
+    "Tensor? owner, Tensor? prefix_mask, Tensor? suffix_mask"
+)
+torch.library.define("vsr1::shared_prefix_attention", f"({_INPUTS}, float scale, str backend) -> (Tensor, Tensor)")
+torch.library.define(
+    "vsr1::shared_prefix_attention_backward",
+    f"(Tensor grad, {_INPUTS}, Tensor out, Tensor lse, float scale, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+attention = torch.ops.vsr1.shared_prefix_attention.default
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.impl("vsr1::shared_prefix_attention", "default")
+def forward(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    owner: Tensor | None,
+    prefix_mask: Tensor | None,
+    suffix_mask: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Out (R, Hq, L, D) in the dtype of q, and the log-partition (R, Hq, L), 0 where a query sees nothing.
+
+    suffix_mask is (R, 1 or L, S). The values of `owner` are checked here, not at the door, where tracing would see it.
+    """
+    resolve("prefix", backend, device=q.device, dtype=q.dtype)
+    _check_owner(owner, len(k_prefix))
+    return reference(q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, scale)
+
+
+@torch.library.register_fake("vsr1::shared_prefix_attention")
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.impl("vsr1::shared_prefix_attention_backward", "default")
+def backward(grad: Tensor, q: Tensor, *rest: Any) -> Gradients:
+    """Gradients in q, keys and values, from that of the output and what `forward` took and gave."""
+    *tensors, scale, backend = rest
+    resolve("prefix", backend, device=q.device, dtype=q.dtype)
+    return reference_backward(*(grad, q, *tensors, scale))
+
+
+@torch.library.register_fake("vsr1::shared_prefix_attention_backward")
+def _(
+    grad: Tensor, q: Tensor, k_prefix: Tensor, v_prefix: Tensor, k_suffix: Tensor, v_suffix: Tensor, *_: Any
+) -> Gradients:
+    q_like, kp, vp, ks, vs = (t.new_empty(t.shape) for t in (q, k_prefix, v_prefix, k_suffix, v_suffix))
+    return q_like, kp, vp, ks, vs
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Any, ...]:
+    backward = torch.ops.vsr1.shared_prefix_attention_backward.default
+    return (*backward(grad, *ctx.saved_tensors, ctx.scale, ctx.backend), None, None, None, None, None)
+
+
+torch.library.register_autograd("vsr1::shared_prefix_attention", _gradient, setup_context=_remember)
+
+
+def _check_owner(owner: Tensor | None, prefixes: int) -> None:
+    """Raise ValueError for a value that names no prefix; on a GPU, where reading it would wait for the device, indexing does."""
+    if owner is None or owner.device.type != "cpu" or not len(owner):
+        return
+    lowest, highest = (int(bound) for bound in owner.aminmax())
+    if lowest < 0 or highest >= prefixes:
+        raise ValueError(f"group must name prefixes 0 to {prefixes - 1}; it has values from {lowest} to {highest}")
+
+
+def reference(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    owner: Tensor | None,
+    prefix_mask: Tensor | None,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Forward in plain torch, as `forward` returns it. With an `owner` every row gets its own copy of its prefix."""
+    k_prefix, v_prefix, prefix_mask = _of_rows(owner, k_prefix, v_prefix, prefix_mask)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    query = q.to(wide)
+    parts = [
+        (_scores(query, k_prefix.to(wide), _visible_prefix(prefix_mask), scale), v_prefix.to(wide)),
+        (_scores(query, k_suffix.to(wide), _visible_suffix(suffix_mask, q, k_suffix), scale), v_suffix.to(wide)),
+    ]
+    lse = torch.logaddexp(*(_unfold(scores.logsumexp(-1, keepdim=True), q) for scores, _ in parts))
+    # Scores and log-partition both -inf would make NaN; with 0 the weights of such a query are all exp(-inf) = 0.
+    lse = lse.masked_fill_(lse == -torch.inf, 0)
+    weighted = (_unfold((scores - _fold(lse, values)).exp() @ values, q) for scores, values in parts)
+    return sum(weighted, torch.zeros_like(query)).to(q.dtype), lse[..., 0].contiguous()
+
+
+def reference_backward(
+    grad: Tensor,
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    owner: Tensor | None,
+    prefix_mask: Tensor | None,
+    suffix_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Gradients:
+    """Backward in plain torch: each part by itself, tied to the other only through the common log-partition.
+
+    With weights w = exp(scores - lse): dV = w^T dO, dScores = w (dO V^T - sum_d dO_d O_d), dQ = dScores K, dK =
+    dScores^T Q.
+    """
+    prefixes = len(k_prefix)
+    k_prefix, v_prefix, prefix_mask = _of_rows(owner, k_prefix, v_prefix, prefix_mask)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    query, upstream = q.to(wide), grad.to(wide)
+    shared = (upstream * out.to(wide)).sum(-1, keepdim=True)
+    grad_query = torch.zeros_like(query)
+    grads = []
+    for k, v, mask in (
+        (k_prefix, v_prefix, _visible_prefix(prefix_mask)),
+        (k_suffix, v_suffix, _visible_suffix(suffix_mask, q, k_suffix)),
+    ):
+        keys, values = k.to(wide), v.to(wide)
+        weights = (_scores(query, keys, mask, scale) - _fold(lse[..., None], keys)).exp()
+        folded = _fold(upstream, keys)
+        slope = weights * (folded @ values.mT - _fold(shared, keys)) * scale
+        grad_query += _unfold(slope @ keys, q)
+        grads += [slope.mT @ _fold(query, keys), weights.mT @ folded]
+    of_prefix = (_add_rows(owner, part, prefixes) for part in grads[:2])
+    grad_q, kp, vp, ks, vs = (part.to(q.dtype) for part in (grad_query, *of_prefix, *grads[2:]))
+    return grad_q, kp, vp, ks, vs
+
+
+def _of_rows(
+    owner: Tensor | None, k_prefix: Tensor, v_prefix: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What belongs to the prefix of each row; without an `owner` whatever belongs to each prefix."""
+    if owner is None:
+        return k_prefix, v_prefix, mask
+    return k_prefix[owner], v_prefix[owner], None if mask is None else mask[owner]
+
+
+def _add_rows(owner: Tensor | None, part: Tensor, prefixes: int) -> Tensor:
+    """The transpose of `_of_rows`; sums in the order of the rows."""
+    if owner is None:
+        return part
+    total = part.new_zeros(prefixes, *part.shape[1:])
+    # Each is in order on one device and adds atomically on the other.
+    return total.index_add_(0, owner, part) if part.device.type == "cpu" else total.index_put_((owner,), part, True)
+
+
+def _fold(x: Tensor, keys: Tensor) -> Tensor:
+    """(R, Hq, L, .) -> (N, Hkv, M, .): every query that reads one key head of one group (or row) in a single axis."""
+    rows, heads = keys.shape[:2]
+    return x.unflatten(1, (heads, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 4)
+
+
+def _unfold(x: Tensor, q: Tensor) -> Tensor:
+    """The inverse of `_fold`, back to (R, Hq, L, .) of `q`."""
+    rows, query_heads, queries = q.shape[:3]
+    groups, heads = x.shape[:2]
+    split = x.unflatten(2, (rows // groups, query_heads // heads, queries)).transpose(1, 2)
+    return split.flatten(0, 1).flatten(1, 2)
+
+
+def _scores(query: Tensor, keys: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    scores = _fold(query, keys) @ keys.mT * scale
+    return scores if visible is None else scores.masked_fill_(~visible, -torch.inf)
+
+
+def _visible_prefix(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask[:, None, None]
+
+
+def _visible_suffix(mask: Tensor | None, q: Tensor, keys: Tensor) -> Tensor | None:
+    return None if mask is None else _fold(mask[:, None].expand(*q.shape[:3], -1), keys)
+
+
+register("prefix", reference=Backend())
