@@ -45,6 +45,9 @@ class Turn:
 
     `rank` is the true video's rank under `query` (None without a truth). `latents` (n, D) are the means the policy
     proposed at `<REFINE>`, `actions` (n, D) what was inserted into the next query; both None when it accepted.
+    `number` counts the loop's turns from 1: where several videos are verified in one turn, they share it. `probability` is
+    that of the video being right, read off the answer (None where none was given). `rewriting` holds the tokens of a
+    refinement in words.
     """
 
     video_id: str
@@ -58,11 +61,16 @@ class Turn:
     latents: Tensor | None = None
     actions: Tensor | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    number: int = 1
+    probability: float | None = None
+    rewriting: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A query's whole way through the loop. `final_query` (D,) is the last query vector, also when never verified."""
+    """A query's whole way through the loop. `final_query` (D,) is the last query vector, also when never verified.
+    `fallback` is the answer given although nothing matched, if the loop was asked for one; `sample` numbers the
+    trajectories of one query."""
 
     moment: Moment
     turns: tuple[Turn, ...]
@@ -70,6 +78,8 @@ class Trajectory:
     final_rank: int | None
     stop: Stop
     failure: str | None = None
+    fallback: Turn | None = None
+    sample: int = 0
 
     @property
     def accepted(self) -> Turn | None:

@@ -14,13 +14,12 @@ import av
 import pytest
 import torch
 
-from vsr1.agent import protocol, rollout
-from vsr1.agent.generate import Generated, Sampling
+from vsr1.agent import protocol, rollout, verdict
+from vsr1.agent.generate import Said, SoftTokens, soft_tokens_after
 from vsr1.agent.rollout import LoopSettings
+from vsr1.agent.speech import Sampling, Spoken
 from vsr1.corpus import Corpus
 from vsr1.engine import Engine
-from vsr1.models import backbone
-from vsr1.models.backbone import Row
 from vsr1.models.vision import VideoEncoder, VideoSettings
 from vsr1.records import Moment, Reply
 from vsr1.video import probe
@@ -93,14 +92,15 @@ def test_every_clip_is_shown_and_every_turn_is_whole(engine, clips, monkeypatch)
     """The policy reads the real prompts and is made to reject, then to accept with a span longer than any clip."""
 
     def script(reply: str) -> None:
-        def generate(policy, prompts, sampling, *, group=1):
+        def generate(policy, prompts, owner, sampling, *, refining, **_):
             ids = tuple(policy.tokenizer(reply, add_special_tokens=False)["input_ids"])
-            rows = [Row((*prompt.token_ids, *ids), prompt.video) for prompt in prompts]
-            hidden, state = backbone.run(policy.model.model, rows, keep_cache=True)
-            refine = torch.ones(len(rows), dtype=torch.bool)
-            return Generated([ids] * len(rows), [torch.zeros(len(ids))] * len(rows), hidden[:, -1], refine, state)
+            made = soft_tokens_after(policy, [prompt.row for prompt in prompts], owner, [ids] * len(owner))
+            for row in range(len(owner)):
+                soft = SoftTokens(made.means[row], made.actions[row], made.logps[row])
+                spoken = Spoken(ids, torch.zeros(len(ids)), None, True)
+                yield row, Said(spoken, soft if refining.wants(row, ids) else None)
 
-        monkeypatch.setattr(rollout, "generate", generate)
+        monkeypatch.setattr(verdict, "generate", generate)
 
     script(REJECT)
     found = engine.ask("bikes in a street", turns=4)

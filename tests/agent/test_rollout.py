@@ -8,12 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vsr1.agent import protocol, rollout
-from vsr1.agent.generate import Generated, Sampling, generate
+from vsr1.agent import protocol, rollout, verdict
+from vsr1.agent.generate import Said, SoftTokens, generate, soft_tokens_after
 from vsr1.agent.rollout import LoopSettings
+from vsr1.agent.speech import Sampling, Spoken
 from vsr1.corpus import Corpus
-from vsr1.models import backbone
-from vsr1.models.backbone import Row
 from vsr1.records import Moment, Reply, Trajectory
 
 REJECT = protocol.render(Reply("not_matched", None, None, "no", True))
@@ -28,14 +27,14 @@ def corpus(make_corpus, files) -> Corpus:
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[int, int]]:
-    """(prompts, group) of every call of `generate` the loop makes."""
+    """(prompts, replies) of every call of `generate` the loop makes."""
     calls = []
 
-    def counted(policy, prompts, sampling, *, group=1):
-        calls.append((len(prompts), group))
-        return generate(policy, prompts, sampling, group=group)
+    def counted(policy, prompts, owner, sampling, **options):
+        calls.append((len(prompts), len(owner)))
+        return generate(policy, prompts, owner, sampling, **options)
 
-    monkeypatch.setattr(rollout, "generate", counted)
+    monkeypatch.setattr(verdict, "generate", counted)
     return calls
 
 
@@ -47,19 +46,28 @@ def says(monkeypatch) -> Callable[[Callable[[str, int], str]], None]:
     """
 
     def script(words):
-        def generate(policy, prompts, sampling, *, group=1):
-            prompts = [prompt for prompt in prompts for _ in range(group)]
-            rows, replies = [], []
-            for prompt in prompts:
-                query = policy.tokenizer.decode(prompt.token_ids).split('Query: "')[1].split('"')[0]
-                number = round(prompt.video.duration * 8) - 25  # the files differ in length by one frame each
+        def generate(policy, prompts, owner, sampling, *, refining=None, **_):
+            replies = []
+            for place in owner:
+                query = policy.text(prompts[place].row.token_ids).split('Query: "')[1].split('"')[0]
+                number = round(prompts[place].duration * 8) - 25  # the files differ in length by one frame each
                 replies.append(tuple(policy.tokenizer(words(query, number), add_special_tokens=False)["input_ids"]))
-                rows.append(Row((*prompt.token_ids, *replies[-1]), prompt.video))
-            hidden, state = backbone.run(policy.model.model, rows, keep_cache=True)
-            refine = torch.tensor([ids[-1] == policy.refine_id for ids in replies])
-            return Generated(replies, [torch.zeros(len(ids)) for ids in replies], hidden[:, -1], refine, state)
+            rows = [row for row, ids in enumerate(replies) if ids[-1] == policy.refine_id and refining.wants(row, ids)]
+            soft = {}
+            if rows:
+                made = soft_tokens_after(
+                    policy,
+                    [prompt.row for prompt in prompts],
+                    [owner[row] for row in rows],
+                    [replies[row] for row in rows],
+                    refining.sigma,
+                    refining.noise,
+                )
+                soft = {row: SoftTokens(made.means[n], made.actions[n], made.logps[n]) for n, row in enumerate(rows)}
+            for row, ids in enumerate(replies):
+                yield row, Said(Spoken(ids, torch.zeros(len(ids)), None, True), soft.get(row))
 
-        monkeypatch.setattr(rollout, "generate", generate)
+        monkeypatch.setattr(verdict, "generate", generate)
 
     return script
 
@@ -167,10 +175,10 @@ def test_an_empty_corpus_is_an_error(policy, embedder, make_corpus, moments):
 
 def test_samples_of_a_query_are_neighbours_and_share_their_prefill(policy, embedder, corpus, moments, asked):
     alone = rollout.run(policy, embedder, corpus, moments[:3], settings=LoopSettings(turns=2, sampling=SHORT))
-    assert asked == [(3, 1), (3, 1)]
+    assert asked == [(3, 3), (3, 3)]
     settings = LoopSettings(turns=2, samples=3, sampling=SHORT)
     group = rollout.run(policy, embedder, corpus, moments[:3], settings=settings)
-    assert asked[2:] == [(3, 3), (3, 3)]
+    assert asked[2:] == [(3, 9), (3, 9)]
     assert_equal(group, [one for one in alone for _ in range(3)])
     for one, same in zip(group[::3], alone, strict=True):
         for turn, expected in zip(one.turns, same.turns, strict=True):
@@ -247,7 +255,7 @@ def test_memory_spares_the_second_run_every_question(policy, embedder, corpus, m
     assert len(asked) == calls
     assert_equal(first, second)
     one_more = rollout.run(policy, embedder, corpus, moments, settings=replace(settings, turns=3), memo=memo)
-    assert asked[calls:] == [(len(moments), 1)]  # only what is new is asked
+    assert asked[calls:] == [(len(moments), len(moments))]  # only what is new is asked
     assert [shown(one)[:2] for one in one_more] == [shown(one) for one in first]
 
 
@@ -306,13 +314,13 @@ def test_batches_change_nothing(policy, embedder, corpus, moments, says, scripte
         progress=lambda done, total: reports.append((done, total)),
     )
     assert_equal(whole, parts)
-    assert reports == [(4, 6), (6, 6)]
+    assert reports == [(done, 6) for done in range(1, 7)]
 
 
 def test_a_stream_yields_before_the_next_batch_begins(policy, embedder, corpus, moments, asked):
     settings = LoopSettings(turns=1, batch=2, sampling=SHORT)
     stream = rollout.stream(policy, embedder, corpus, moments, settings)
-    assert next(stream).moment == moments[0] and asked == [(2, 1)]
+    assert next(stream).moment == moments[0] and asked == [(2, 2)]
     assert len(list(stream)) == 5 and len(asked) == 3
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import Qwen3VLModel
 
 from vsr1.models import backbone, tiny
+from vsr1.models.attention import share_prefixes
 from vsr1.models.backbone import Row
 from vsr1.models.tiny import TinyConfig
 from vsr1.models.vision import VideoEncoder
@@ -76,35 +77,61 @@ def test_frames_of_equal_size_go_through_attention_at_once_with_the_same_numbers
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-4)
 
 
-def test_advance_equals_a_full_pass_for_ragged_rows_and_skips_inactive_ones(embedder, frames):
+def test_rows_can_be_fed_and_advanced_as_if_they_had_been_read_at_once(embedder, frames):
     model = embedder.model
     rows = rows_of(embedder, frames)
-    extra = [(37, 39), (38,), (41, 42)]  # the second row sits out the second step
+    extra = [(37, 39), (38,), (41, 42)]  # the second row's second column is padding
     with torch.no_grad():
         _, state = backbone.run(model, rows, keep_cache=True)
-        for step in range(2):
-            ids = torch.tensor([said[min(step, len(said) - 1)] for said in extra])
-            active = torch.tensor([len(said) > step for said in extra])
-            hidden = backbone.advance(model, state, model.get_input_embeddings()(ids), active)
+        hidden, last = backbone.feed_tokens(model, state, extra)
         third = torch.tensor([50, 51, 52])
         hidden = backbone.advance(model, state, model.get_input_embeddings()(third))
-        longer = [
-            Row((*row.token_ids, *said, int(new)), row.video) for row, said, new in zip(rows, extra, third, strict=True)
-        ]
+        longer = [Row((*row.token_ids, *said), row.video) for row, said in zip(rows, extra, strict=True)]
         full, _ = backbone.run(model, longer)
+        torch.testing.assert_close(last, full[:, -1], atol=1e-5, rtol=1e-4)
+        longest = [Row((*row.token_ids, int(new)), row.video) for row, new in zip(longer, third, strict=True)]
+        full, _ = backbone.run(model, longest)
     torch.testing.assert_close(hidden, full[:, -1], atol=1e-5, rtol=1e-4)
 
 
-def test_repeat_and_select_keep_rows_apart(embedder, frames):
+def test_branches_share_a_prompt_and_stay_apart(embedder, frames):
     model = embedder.model
-    rows = rows_of(embedder, frames, (4, 6))
-    token = model.get_input_embeddings()(torch.tensor([35]))
+    share_prefixes(model.language_model)
+    rows = rows_of(embedder, frames, (4, 6, 3))
+    owner, said = torch.tensor([2, 0, 2, 0, 2]), [(35, 36, 37), (38,), (39, 40), (41, 42, 43), (44,)]
     with torch.no_grad():
         _, state = backbone.run(model, rows, keep_cache=True)
-        twice = state.repeat(2).select(torch.tensor([3, 0]))
-        hidden = backbone.advance(model, twice, token.expand(2, -1))
-        full, _ = backbone.run(model, [Row((*row.token_ids, 35), row.video) for row in reversed(rows)])
-    torch.testing.assert_close(hidden, full[:, -1], atol=1e-5, rtol=1e-4)
+        branches = state.branch(owner)
+        hidden, last = backbone.feed_tokens(model, branches, said)
+        kept = torch.tensor([4, 1, 0])
+        token = model.get_input_embeddings()(torch.tensor([45, 46, 47]))
+        further = backbone.advance(model, branches.select(kept), token)
+        longer = [
+            Row((*rows[place].token_ids, *ids), rows[place].video) for place, ids in zip(owner, said, strict=True)
+        ]
+        full, _ = backbone.run(model, longer)
+        for row, ids in enumerate(said):
+            torch.testing.assert_close(hidden[row, : len(ids)], full[row, -len(ids) :], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(last, full[:, -1], atol=1e-5, rtol=1e-4)
+        longest = [
+            Row((*longer[row].token_ids, new), longer[row].video) for row, new in zip(kept, (45, 46, 47), strict=True)
+        ]
+        full, _ = backbone.run(model, longest)
+    torch.testing.assert_close(further, full[:, -1], atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="share a prefix already"):
+        branches.branch(owner)
+
+
+def test_before_the_norm(embedder, frames):
+    model, rows = embedder.model, rows_of(embedder, frames, (4, 6))
+    with torch.no_grad():
+        raw, state = backbone.run(model, rows, keep_cache=True, normed=False)
+        normed, _ = backbone.run(model, rows)
+        assert (raw - normed).abs().max() > 0.1
+        torch.testing.assert_close(model.language_model.norm(raw), normed)
+        fed, _ = backbone.feed_tokens(model, state, [(35, 36), (37,)], normed=False)
+        longer, _ = backbone.run(model, [Row((*rows[0].token_ids, 35, 36), rows[0].video)])
+    torch.testing.assert_close(model.language_model.norm(fed[0]), longer[0, -2:], atol=1e-5, rtol=1e-4)
 
 
 def test_soft_tokens_stand_right_behind_the_text(embedder):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from vsr1.agent import protocol
-from vsr1.agent.generate import Sampling
+from vsr1.agent.speech import Sampling
 from vsr1.data.rationale import describe, judge
 from vsr1.data.scene import Event, Scene
 from vsr1.data.vocabulary import (

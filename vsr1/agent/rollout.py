@@ -16,38 +16,51 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from vsr1.agent import protocol
-from vsr1.agent.generate import Sampling, generate, soft_tokens
+from vsr1.agent.generate import OwnSpeaker
+from vsr1.agent.speech import Sampling, Speaker
+from vsr1.agent.verdict import Asking, Memo, Pair, Verdict, ask, ground, look_elsewhere, rewrite, rewriting_text
 from vsr1.corpus import Corpus
-from vsr1.errors import VideoError
-from vsr1.models import backbone
-from vsr1.models.backbone import Row
+from vsr1.errors import VideoError, Vsr1Error
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
-from vsr1.models.vision import VideoFeatures, blank
 from vsr1.ops.corpus_scan import CorpusMatrix, scan
 from vsr1.ops.soft_query import NoiseStream, philox_normal
-from vsr1.records import Moment, Reply, Trajectory, Turn
+from vsr1.records import Moment, Stop, Trajectory, Turn
 
-Refinement = Literal["soft", "random", "blank", "shuffled", "none"]
+Refinement = Literal["soft", "hard", "random", "blank", "shuffled", "none"]
+
+MOST_FAILED = 0.01  # share of the trajectories; beyond it the run stops instead of going on over a broken corpus
 
 
 @dataclass(frozen=True)
 class LoopSettings:
     """How the loop runs.
 
-    turns: at most this many videos a query. exclude: never show a rejected video again. refinement: "soft" is the
-    method; the others are controls: "none" keeps the first query, "random" inserts Gaussian noise for soft tokens,
-    "blank" and "shuffled" let the policy refine before an empty or another video. sigma: standard deviation of the
-    exploration noise on soft tokens. samples: trajectories a query (a group, for training).
+    turns: of search and verification, at most. verify: this many of the best videos are looked at each turn; of those the
+    policy matches, the likeliest is accepted. exclude: never show a rejected video again.
+
+    refinement: "soft" is the method, "hard" puts the policy's own words behind the query instead; the others are controls:
+    "none" keeps the first query, "random" inserts Gaussian noise for soft tokens, "blank" and "shuffled" let the policy
+    refine before an empty or another video. accumulate: keep the soft tokens of earlier turns before those of this one.
+    sigma: standard deviation of the exploration noise on soft tokens.
+
+    fall_back: where nothing was accepted, answer with the video most probably right (`Trajectory.fallback`).
+
+    samples: trajectories a query (a group, for training). most_tokens: of all replies of a trajectory; seconds: of wall
+    time for a batch of queries; what they cut ends with "limit". batch: queries that advance together.
     """
 
     turns: int = 3
+    verify: int = 1
     exclude: bool = True
     refinement: Refinement = "soft"
+    accumulate: bool = False
     sigma: float = 0.0
+    fall_back: bool = False
     samples: int = 1
     sampling: Sampling = field(default_factory=Sampling)
+    most_tokens: int | None = None
+    seconds: float | None = None
     batch: int = 64
 
 
@@ -61,29 +74,82 @@ class Library(Protocol):
 
 
 @dataclass
-class _Open:
-    """One trajectory under way."""
+class Failures:
+    """Counts trajectories over all calls it is given to, and stops the run when more than `share` of them failed."""
 
+    share: float = MOST_FAILED
+    expected: int = 0
+    failed: int = 0
+
+    def count(self, one: Trajectory, group: int) -> None:
+        """Raises Vsr1Error when too many failed; one query's whole group may, as one bad file fails all of it."""
+        if one.stop != "failed":
+            return
+        self.failed += 1
+        if self.failed > max(self.share * self.expected, group):
+            raise Vsr1Error(
+                f"{self.failed} of {self.expected} trajectories failed, more than {self.share:.0%}; the last: {one.failure}"
+            )
+
+
+@dataclass
+class _Open:
+    """One trajectory under way. `actions` are the soft tokens in its present query, `place` its place in the result."""
+
+    place: int
     moment: Moment
     query: Tensor
     positive: int
     first: int
+    sample: int
     turns: list[Turn] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
-    stop: Literal["matched", "turns", "limit", "failed"] | None = None
+    actions: list[Tensor] = field(default_factory=list)
+    rank: int | None = None
+    stop: Stop | None = None
     failure: str | None = None
+    fallback: Turn | None = None
+
+    def fail(self, reason: str) -> None:
+        self.stop, self.failure = "failed", reason
+
+    def tokens(self) -> int:
+        return sum(len(turn.token_ids) for turn in self.turns)
+
+    def done(self) -> Trajectory:
+        return Trajectory(
+            self.moment, tuple(self.turns), self.query, self.rank, self.stop or "turns", self.failure, self.fallback,
+            self.sample,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the policy made of one (query, video) pair: its reply and, if it refines, its soft tokens (n, D)."""
+class _Look:
+    """A video that a trajectory looks at this turn: what to ask the policy, its score, and the seconds spent so far."""
 
-    reply: Reply
-    text: str
-    token_ids: tuple[int, ...]
-    token_logps: Tensor
-    latents: Tensor | None
-    actions: Tensor | None
+    one: _Open
+    pair: Pair
+    score: float
+    seconds: dict[str, float]
+
+    def turn(self, number: int, verdict: Verdict, *, refining: bool) -> Turn:
+        """The record of it. Only the verdict that refines keeps its soft tokens."""
+        return Turn(
+            self.pair.video_id,
+            self.score,
+            self.one.rank,
+            verdict.reply,
+            verdict.text,
+            verdict.token_ids,
+            verdict.token_logps,
+            self.one.query,
+            verdict.latents if refining else None,
+            verdict.actions if refining else None,
+            self.seconds,
+            number,
+            verdict.probability,
+            verdict.rewriting if refining else (),
+        )
 
 
 def run(
@@ -95,21 +161,19 @@ def run(
     turns: int = 3,
     settings: LoopSettings | None = None,
     first: Sequence[str | None] | None = None,
-    memo: dict[tuple[str, str], Verdict] | None = None,
+    memo: Memo | None = None,
+    speaker: Speaker | None = None,
+    failures: Failures | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Trajectory]:
-    """Run the loop for `queries`; one trajectory a query and sample, in order.
-
-    `settings` overrides `turns` where given. `first` names the video to show at turn 1 instead of the search's own (None:
-    the search's), so that training can balance right and wrong videos. `memo` remembers greedy verdicts by (query id,
-    video id) between calls that share a policy: runs that differ only in how they search then ask about each pair once.
-    A video that cannot be read makes its trajectory `failed`, with the reason; nothing is swallowed.
-    """
+    """Run the loop for `queries`; one trajectory a query and sample, in order. Arguments and errors as of `stream`;
+    `settings` overrides `turns` where given."""
     settings = settings or LoopSettings(turns=turns)
-    return list(stream(policy, embedder, corpus, queries, settings, first=first, memo=memo, progress=progress))
+    loop = _Loop(policy, embedder, corpus, settings, memo, speaker, failures, progress)
+    found = dict(loop.run(queries, first))
+    return [found[place] for place in range(len(found))]
 
 
-@torch.no_grad()
 def stream(
     policy: Policy,
     embedder: Embedder,
@@ -118,197 +182,239 @@ def stream(
     settings: LoopSettings,
     *,
     first: Sequence[str | None] | None = None,
-    memo: dict[tuple[str, str], Verdict] | None = None,
+    memo: Memo | None = None,
+    speaker: Speaker | None = None,
+    failures: Failures | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Trajectory]:
-    """As `run`, but trajectories are yielded batch by batch."""
-    if not len(corpus.video_ids):
-        raise ValueError("the corpus is empty: add videos before searching it")
-    matrix, video_ids = corpus.matrix().to(embedder.videos.device), list(corpus.video_ids)
-    row_of = {video_id: row for row, video_id in enumerate(video_ids)}
-    done = 0
-    for begin in range(0, len(queries), settings.batch):
-        batch = queries[begin : begin + settings.batch]
-        starts = [None] * len(batch) if first is None else first[begin : begin + settings.batch]
-        vectors = embedder.embed_texts([moment.text for moment in batch])
-        opened = [
-            _Open(moment, vector, row_of.get(moment.video_id or "", -1), -1 if start is None else row_of[start])
-            for moment, vector, start in zip(batch, vectors, starts, strict=True)
-            for _ in range(settings.samples)
-        ]
-        for turn in range(settings.turns):
-            active = [one for one in opened if one.stop is None]
-            if not active:
-                break
-            seed = hash((settings.sampling.seed, begin, turn)) & 0x7FFFFFFF
-            # every batch and turn draws its own randomness
-            turned = replace(settings, sampling=replace(settings.sampling, seed=seed))
-            _take_turn(policy, embedder, corpus, matrix, video_ids, active, turned, memo)
-        ranks = _ranks(matrix, torch.stack([one.query for one in opened]), [one.positive for one in opened])
-        for one, rank in zip(opened, ranks, strict=True):
-            yield Trajectory(one.moment, tuple(one.turns), one.query, rank, one.stop or "turns", one.failure)
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(queries))
+    """Yield the trajectories as they finish.
+
+    `first` names the video to show at turn 1 instead of the search's own (None: the search's), so that training can balance
+    right and wrong videos. `memo` remembers greedy verdicts by (query id, video id) between calls that share a policy: runs
+    that differ only in how they search then ask about each pair once. `speaker` is the engine that speaks the text, our own
+    by default. `progress` is told (trajectories done, all).
+
+    A video that cannot be found or read, or a query vector that is not finite, makes its trajectory `failed`, with the
+    reason; once more than 1 % of them failed (counted over the calls that share `failures`), Vsr1Error stops the run.
+    """
+    for _, one in _Loop(policy, embedder, corpus, settings, memo, speaker, failures, progress).run(queries, first):
+        yield one
 
 
-def _ranks(matrix: CorpusMatrix, queries: Tensor, positives: Sequence[int]) -> list[int | None]:
-    known = [index for index, row in enumerate(positives) if row >= 0]
-    ranks: list[int | None] = [None] * len(positives)
-    if known:
-        positive = torch.tensor([positives[index] for index in known], device=queries.device)
-        found = scan(queries[known], matrix, k=1, positive=positive)
-        assert found.rank is not None
-        for index, rank in zip(known, found.rank.tolist(), strict=True):
-            ranks[index] = rank
-    return ranks
+class _Loop:
+    """One call of `run` or `stream`."""
 
+    def __init__(
+        self,
+        policy: Policy,
+        embedder: Embedder,
+        corpus: Corpus | Library,
+        settings: LoopSettings,
+        memo: Memo | None,
+        speaker: Speaker | None,
+        failures: Failures | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        if not len(corpus.video_ids):
+            raise ValueError("the corpus is empty: add videos before searching it")
+        if settings.turns < 1 or settings.verify < 1 or settings.samples < 1:
+            raise ValueError(f"turns, verify and samples must be at least 1; got {settings}")
+        self.policy, self.embedder, self.corpus, self.settings, self.memo = policy, embedder, corpus, settings, memo
+        self.speaker = speaker or OwnSpeaker()
+        self.failures = failures or Failures()
+        self.progress = progress
+        self.matrix = corpus.matrix().to(embedder.videos.device)
+        self.video_ids = list(corpus.video_ids)
+        self.row_of = {video_id: row for row, video_id in enumerate(self.video_ids)}
 
-def _take_turn(
-    policy: Policy,
-    embedder: Embedder,
-    corpus: Corpus | Library,
-    matrix: CorpusMatrix,
-    video_ids: list[str],
-    active: list[_Open],
-    settings: LoopSettings,
-    memo: dict[tuple[str, str], Verdict] | None,
-) -> None:
-    """One turn for every open trajectory: sweep, look, ask the policy, refine the rejected."""
-    started = time.perf_counter()
-    queries = torch.stack([one.query for one in active])
-    exclude = None
-    if settings.exclude and active[0].shown:
-        exclude = torch.tensor([one.shown for one in active], device=queries.device)
-    found = scan(queries, matrix, k=1, exclude=exclude)
-    ranks = _ranks(matrix, queries, [one.positive for one in active])
-    rows, scores = found.ids[:, 0].tolist(), found.scores[:, 0].tolist()
-    for index, one in enumerate(active):
-        if one.first >= 0 and not one.shown:
-            rows[index], scores[index] = one.first, float(one.query @ matrix.rows[one.first].to(one.query))
-    searched = time.perf_counter()
+    @torch.no_grad()
+    def run(self, queries: Sequence[Moment], first: Sequence[str | None] | None) -> Iterator[tuple[int, Trajectory]]:
+        """(Place in the result, trajectory), as they finish."""
+        settings = self.settings
+        total, done = len(queries) * settings.samples, 0
+        self.failures.expected += total
+        for begin in range(0, len(queries), settings.batch):
+            part = slice(begin, begin + settings.batch)
+            for one in self._batch(queries[part], None if first is None else first[part], begin):
+                done += 1
+                if self.progress is not None:
+                    self.progress(done, total)
+                trajectory = one.done()
+                self.failures.count(trajectory, settings.samples)
+                yield one.place, trajectory
 
-    for one, row in zip(active, rows, strict=True):
-        if row < 0:
-            one.stop = "limit"  # every video has been shown
-    shown = [
-        (one, row, score, rank) for one, row, score, rank in zip(active, rows, scores, ranks, strict=True) if row >= 0
-    ]
-    features = policy.videos.encode([Path(corpus.path(video_ids[row])) for _, row, _, _ in shown])
-    looked = time.perf_counter()
-
-    asked: list[tuple[_Open, int, float, int | None, VideoFeatures]] = []
-    for (one, row, score, rank), video in zip(shown, features, strict=True):
-        one.shown.append(row)
-        if isinstance(video, VideoError):
-            one.stop, one.failure = "failed", str(video)
-        else:
-            asked.append((one, row, score, rank, video))
-    verdicts = ask(
-        policy,
-        [(one.moment, video_ids[row], video) for one, row, _, _, video in asked],
-        settings,
-        memo,
-    )
-    spoken = time.perf_counter()
-
-    refined: list[tuple[_Open, Tensor]] = []
-    for (one, row, score, rank, _), verdict in zip(asked, verdicts, strict=True):
-        seconds = {"search": searched - started, "video": looked - searched, "policy": spoken - looked}
-        one.turns.append(
-            Turn(
-                video_ids[row], score, rank, verdict.reply, verdict.text, verdict.token_ids, verdict.token_logps,
-                one.query, verdict.latents, verdict.actions, seconds,
+    def _batch(self, batch: Sequence[Moment], first: Sequence[str | None] | None, begin: int) -> Iterator[_Open]:
+        """Run the queries of one batch; yields each trajectory when it ends."""
+        settings = self.settings
+        until = None if settings.seconds is None else time.monotonic() + settings.seconds
+        vectors = self.embedder.embed_texts([moment.text for moment in batch])
+        starts = first or [None] * len(batch)
+        active = [
+            _Open(
+                (begin + number) * settings.samples + sample,
+                moment,
+                vector,
+                self.row_of.get(moment.video_id or "", -1),
+                -1 if start is None else self.row_of[start],
+                sample,
             )
-        )  # fmt: skip
-        if verdict.reply.answer == "matched":
+            for number, (moment, vector, start) in enumerate(zip(batch, vectors, starts, strict=True))
+            for sample in range(settings.samples)
+        ]
+        for number in range(1, settings.turns + 1):
+            # every batch and turn draws its own randomness
+            seed = hash((settings.sampling.seed, begin, number - 1)) & 0x7FFFFFFF
+            asking = Asking(self.speaker, replace(settings.sampling, seed=seed), settings.sigma, until)
+            self._verify(self._search(active, number, asking), number, asking)
+            if until is not None and time.monotonic() >= until:
+                for one in active:
+                    one.stop = one.stop or "limit"
+            last = number == settings.turns
+            ended = [one for one in active if one.stop is not None or last]
+            active = [one for one in active if one.stop is None and not last]
+            yield from self._end(ended, asking)
+            if not active:
+                return
+
+    def _end(self, ended: Sequence[_Open], asking: Asking) -> Sequence[_Open]:
+        """What a trajectory still needs when it stops: the rank under its last query, and an answer to fall back on."""
+        moved = [one for one in ended if one.turns and one.query is not one.turns[-1].query and one.positive >= 0]
+        if moved:
+            positive = torch.tensor([one.positive for one in moved], device=self.matrix.device)
+            ranks = scan(torch.stack([one.query for one in moved]), self.matrix, k=1, positive=positive).rank
+            assert ranks is not None
+            for one, rank in zip(moved, ranks.tolist(), strict=True):
+                one.rank = rank
+        if self.settings.fall_back:
+            for one in ended:
+                if one.stop in (None, "limit"):
+                    one.fallback = self._fall_back(one, asking)
+        return ended
+
+    def _fall_back(self, one: _Open, asking: Asking) -> Turn | None:
+        best = max(one.turns, key=lambda turn: turn.probability or 0.0, default=None)
+        if best is None or best.probability is None:
+            return None
+        path = Path(self.corpus.path(best.video_id))
+        (video,) = self.policy.videos.encode_all([path])
+        pair = Pair(one.moment, best.video_id, video, path, 0, asking.sampling.max_tokens)
+        return replace(best, reply=ground(self.policy, pair, best, asking))
+
+    def _search(self, active: Sequence[_Open], number: int, asking: Asking) -> list[_Look]:
+        """One sweep for every open trajectory: the videos to verify."""
+        started = time.perf_counter()
+        settings = self.settings
+        queries = torch.stack([one.query for one in active])
+        # rejected videos are found too and dropped here, so that one sweep gives the rank in the whole corpus as well
+        most = max(len(one.shown) for one in active) if settings.exclude else 0
+        positive = torch.tensor([one.positive for one in active], device=queries.device)
+        found = scan(queries, self.matrix, k=min(settings.verify + most, len(self.video_ids)), positive=positive)
+        assert found.rank is not None
+        ranks, ids, scores = found.rank.tolist(), found.ids.tolist(), found.scores.tolist()
+        finite = torch.isfinite(queries).all(1).tolist()
+        seconds = time.perf_counter() - started
+        looking: list[tuple[_Open, int, float]] = []
+        for place, one in enumerate(active):
+            if not finite[place]:
+                one.fail(f"query '{one.moment.query_id}': its vector is not finite")
+                continue
+            one.rank = ranks[place] if one.positive >= 0 else None
+            gone = {-1, *(one.shown if settings.exclude else ())}
+            best = [(row, score) for row, score in zip(ids[place], scores[place], strict=True) if row not in gone]
+            if number == 1 and one.first >= 0:
+                score = float(one.query @ self.matrix.rows[one.first].to(one.query))
+                best = [(one.first, score), *(other for other in best if other[0] != one.first)]
+            if not best:
+                one.stop = "limit"  # every video has been shown
+            looking += [(one, row, score) for row, score in best[: settings.verify]]
+        return self._look(looking, asking, seconds)
+
+    def _look(self, looking: Sequence[tuple[_Open, int, float]], asking: Asking, searched: float) -> list[_Look]:
+        """Read the videos that were found; one that cannot be read fails its trajectory."""
+        started = time.perf_counter()
+        paths: dict[int, Path] = {}
+        for one, row, _ in looking:
+            try:
+                paths[row] = Path(self.corpus.path(self.video_ids[row]))
+            except Vsr1Error as error:
+                one.fail(str(error))
+        features = dict(zip(paths, self.policy.videos.encode(list(paths.values())), strict=True))
+        seconds = {"search": searched, "video": time.perf_counter() - started}
+        for one, row, _ in looking:
+            if isinstance(video := features.get(row), VideoError):
+                one.fail(str(video))
+        looks = []
+        for place, (one, row, score) in enumerate(looking):
+            video = features.get(row)
+            if one.stop is not None or video is None or isinstance(video, VideoError):
+                continue
+            limit = asking.sampling.max_tokens
+            if self.settings.most_tokens is not None:
+                limit = min(limit, max(1, self.settings.most_tokens - one.tokens()))
+            one.shown.append(row)
+            pair = Pair(one.moment, self.video_ids[row], video, paths[row], asking.sampling.seed + place, limit)
+            looks.append(_Look(one, pair, score, dict(seconds)))
+        return looks
+
+    def _verify(self, looks: Sequence[_Look], number: int, asking: Asking) -> None:
+        """Ask the policy about every video that was found; accept or refine."""
+        pairs = [look.pair for look in looks]
+        started = time.perf_counter()
+        verdicts = ask(self.policy, pairs, asking, self.memo)
+        if self.settings.refinement in ("blank", "shuffled"):
+            shuffled = self.settings.refinement == "shuffled"
+            verdicts = look_elsewhere(self.policy, pairs, verdicts, asking, shuffled=shuffled)
+        if self.settings.refinement == "hard":
+            verdicts = rewrite(self.policy, pairs, verdicts, asking, self.memo)
+        spoken = time.perf_counter() - started
+        together: dict[int, list[tuple[_Look, Verdict]]] = {}
+        for look, verdict in zip(looks, verdicts, strict=True):
+            look.seconds["policy"] = spoken
+            together.setdefault(look.one.place, []).append((look, verdict))
+        refined: list[tuple[_Open, Verdict]] = []
+        for looked in together.values():
+            chosen = self._decide(looked, number)
+            if chosen is not None:
+                refined.append((looked[0][0].one, chosen))
+        self._refine(refined, asking)
+
+    def _decide(self, looked: Sequence[tuple[_Look, Verdict]], number: int) -> Verdict | None:
+        """Record what one trajectory saw this turn, the accepted video last; returns the verdict to refine by, if any."""
+        one = looked[0][0].one
+        matched = [pair for pair in looked if pair[1].reply.answer == "matched"]
+        accepted = max(matched, key=lambda pair: pair[1].probability or 0.0, default=None)
+        refining = None
+        if accepted is None:
+            refining = next((verdict for _, verdict in looked if verdict.actions is not None), None)
+        for look, verdict in sorted(looked, key=lambda pair: pair is accepted):
+            one.turns.append(look.turn(number, verdict, refining=verdict is refining))
+        if accepted is not None:
             one.stop = "matched"
-        elif verdict.actions is not None:
-            refined.append((one, verdict.actions))
-    if refined and settings.refinement != "none":
-        actions = torch.stack([soft for _, soft in refined])
-        if settings.refinement == "random":
-            actions = philox_normal(actions.shape, NoiseStream(settings.sampling.seed), device=actions.device)
-        vectors = embedder.embed_texts([one.moment.text for one, _ in refined], policy.head.soft_tokens(actions))
-        for (one, _), vector in zip(refined, vectors, strict=True):
-            one.query = vector
+        elif self.settings.most_tokens is not None and one.tokens() >= self.settings.most_tokens:
+            one.stop = "limit"
+        return refining
 
-
-def ask(
-    policy: Policy,
-    pairs: Sequence[tuple[Moment, str, VideoFeatures]],
-    settings: LoopSettings,
-    memo: dict[tuple[str, str], Verdict] | None = None,
-) -> list[Verdict]:
-    """The policy's verdict on each (moment, video id, features); pairs already in `memo` are not asked again."""
-    known = {} if memo is None else memo
-    keys = [(moment.query_id, video_id) for moment, video_id, _ in pairs]
-    fresh = [index for index, key in enumerate(keys) if key not in known]
-    asked = _speak(policy, [pairs[index] for index in fresh], settings) if fresh else []
-    verdicts = dict(zip(fresh, asked, strict=True))
-    if memo is not None:
-        memo.update((keys[index], verdict) for index, verdict in verdicts.items())
-    found = [verdicts[index] if index in verdicts else known[key] for index, key in enumerate(keys)]
-    if settings.refinement in ("blank", "shuffled"):
-        return _look_elsewhere(policy, pairs, found, settings)
-    return found
-
-
-def _speak(policy: Policy, pairs: Sequence[tuple[Moment, str, VideoFeatures]], settings: LoopSettings) -> list[Verdict]:
-    """Generate replies; identical (query, video) pairs next to each other share one prefill when all groups are equal."""
-    keys = [(moment.query_id, video_id) for moment, video_id, _ in pairs]
-    group = settings.samples if _grouped(keys, settings.samples) else 1
-    prompts = [
-        protocol.prompt(policy.tokenizer, moment.text, video, system=policy.settings.system)
-        for moment, _, video in pairs[::group]
-    ]
-    said = generate(policy, prompts, settings.sampling, group=group)
-    texts = policy.tokenizer.batch_decode([list(ids) for ids in said.token_ids], skip_special_tokens=False)
-    replies = [protocol.parse(text, duration=video.duration) for text, (_, _, video) in zip(texts, pairs, strict=True)]
-    wants = [index for index, reply in enumerate(replies) if reply.answer != "matched" and bool(said.refine[index])]
-    latents: dict[int, Tensor] = {}
-    actions: dict[int, Tensor] = {}
-    if wants:
-        rows = torch.tensor(wants, device=said.hidden.device)
-        noise = NoiseStream(settings.sampling.seed, 0)
-        soft = soft_tokens(policy, said.hidden[rows], said.state.select(rows), sigma=settings.sigma, noise=noise)
-        latents = dict(zip(wants, soft.means, strict=True))
-        actions = dict(zip(wants, soft.actions, strict=True))
-    return [
-        Verdict(replies[i], texts[i], said.token_ids[i], said.token_logps[i], latents.get(i), actions.get(i))
-        for i in range(len(pairs))
-    ]
-
-
-def _grouped(keys: Sequence[tuple[str, str]], samples: int) -> bool:
-    if samples == 1 or len(keys) % samples:
-        return False
-    return all(len(set(keys[begin : begin + samples])) == 1 for begin in range(0, len(keys), samples))
-
-
-def _look_elsewhere(
-    policy: Policy,
-    pairs: Sequence[tuple[Moment, str, VideoFeatures]],
-    verdicts: Sequence[Verdict],
-    settings: LoopSettings,
-) -> list[Verdict]:
-    """The control of the video's worth: the same words, but the soft tokens come from reading them before a blank or
-    another pair's video."""
-    wants = [index for index, verdict in enumerate(verdicts) if verdict.actions is not None]
-    if not wants:
-        return list(verdicts)
-    rows = []
-    for position, index in enumerate(wants):
-        moment, _, own = pairs[index]
-        other = pairs[wants[(position + 1) % len(wants)]][2]
-        seen = other if settings.refinement == "shuffled" and other.grid == own.grid else blank(own)
-        prompt = protocol.prompt(policy.tokenizer, moment.text, own, system=policy.settings.system)
-        rows.append(Row((*prompt.token_ids, *verdicts[index].token_ids), seen))
-    hidden, state = backbone.run(policy.model.model, rows, keep_cache=True)
-    assert state is not None
-    noise = NoiseStream(settings.sampling.seed, 0)
-    soft = soft_tokens(policy, hidden[:, -1], state, sigma=settings.sigma, noise=noise)
-    changed = list(verdicts)
-    for index, mean, action in zip(wants, soft.means, soft.actions, strict=True):
-        changed[index] = replace(verdicts[index], latents=mean, actions=action)
-    return changed
+    def _refine(self, refined: Sequence[tuple[_Open, Verdict]], asking: Asking) -> None:
+        """Make the next query of every trajectory that refines: one embedder batch, but one for each number of soft tokens
+        where they accumulate."""
+        if not refined or self.settings.refinement == "none":
+            return
+        if self.settings.refinement == "hard":
+            texts = [f"{one.moment.text} {rewriting_text(self.policy, verdict.rewriting)}" for one, verdict in refined]
+            vectors = self.embedder.embed_texts(texts)
+            for (one, _), vector in zip(refined, vectors, strict=True):
+                one.query = vector
+            return
+        by_length: dict[int, list[_Open]] = {}
+        for one, verdict in refined:
+            assert verdict.actions is not None
+            one.actions = [*(one.actions if self.settings.accumulate else []), verdict.actions]
+            by_length.setdefault(len(one.actions), []).append(one)
+        for together in by_length.values():
+            actions = torch.stack([torch.cat(one.actions) for one in together])
+            if self.settings.refinement == "random":
+                actions = philox_normal(actions.shape, NoiseStream(asking.sampling.seed), device=actions.device)
+            texts = [one.moment.text for one in together]
+            vectors = self.embedder.embed_texts(texts, self.policy.head.soft_tokens(actions))
+            for one, vector in zip(together, vectors, strict=True):
+                one.query = vector

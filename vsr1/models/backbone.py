@@ -1,15 +1,16 @@
 """One forward pass for every use: rows of token ids, videos and soft tokens through a Qwen3-VL language model.
 
 Rows are padded on the left, so that the last column is the newest token of every row and a cache can be continued at
-once for all of them. `run` makes the first pass and returns the hidden states with a `State`; `advance` feeds one more
-vector a row over the cache. Positions are those of Qwen3-VL's M-RoPE, computed here for the whole batch at once; the
-model's own `rope_deltas` state is never used, so passes of different batches may interleave.
+once for all of them. `run` makes the first pass and returns the hidden states with a `State`; `feed` continues its rows.
+Where many rows continue one prompt, `State.branch` lets them share it: it is passed through the model once, in training
+too, and its gradient comes from all of them. Positions are those of Qwen3-VL's M-RoPE, computed here for the whole batch
+at once; the model's own `rope_deltas` state is never used, so passes of different batches may interleave.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from vsr1.models.attention import Prefix
 from vsr1.models.vision import VideoFeatures
 from vsr1.ops.linear_logp import linear_logp
 
@@ -39,21 +41,35 @@ class Row:
 
 @dataclass
 class State:
-    """A cache that can be continued: mask (B, L) of real columns, next_position (B,) on the M-RoPE axes."""
+    """R rows that can be continued.
+
+    cache: their own keys and values; mask (R, S): which of its columns are real; next_position (R,) on the M-RoPE axes;
+    prefix: the prompts they share, if they were branched off.
+    """
 
     cache: DynamicCache
     mask: Tensor
     next_position: Tensor
+    prefix: Prefix | None = None
 
-    def repeat(self, times: int) -> State:
-        """Each row `times` times, neighbours together: one prefill serves a group of continuations."""
-        self.cache.batch_repeat_interleave(times)
-        return State(self.cache, self.mask.repeat_interleave(times, 0), self.next_position.repeat_interleave(times, 0))
+    def layers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The rows' own keys and values, one tensor (R, heads, S, size) a layer each."""
+        layers: Any = self.cache.layers  # a DynamicCache's are all of one kind
+        return [layer.keys for layer in layers], [layer.values for layer in layers]
+
+    def branch(self, owner: Tensor) -> State:
+        """Rows that continue these: row r continues row owner[r]. Keys and values are shared, not copied."""
+        if self.prefix is not None:
+            raise ValueError("these rows share a prefix already: branch the rows that hold it")
+        keys, values = self.layers()
+        prefix = Prefix(keys, values, None if bool(self.mask.all()) else self.mask, owner)
+        return State(DynamicCache(), self.mask.new_zeros(len(owner), 0), self.next_position[owner], prefix)
 
     def select(self, rows: Tensor) -> State:
-        """Only the rows with indices `rows` (R,) int64."""
+        """Only the rows with indices `rows` (n,) int64; this state is used up."""
         self.cache.batch_select_indices(rows)
-        return State(self.cache, self.mask[rows], self.next_position[rows])
+        prefix = None if self.prefix is None else replace(self.prefix, owner=self.prefix.owner[rows])
+        return State(self.cache, self.mask[rows], self.next_position[rows], prefix)
 
 
 def rope_positions(video: np.ndarray, real: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -115,19 +131,38 @@ def _assemble(model: Any, rows: Sequence[Row], soft: Tensor | None) -> tuple[dic
 
 
 def run(
-    model: Any, rows: Sequence[Row], *, soft: Tensor | None = None, keep_cache: bool = False
+    model: Any, rows: Sequence[Row], *, soft: Tensor | None = None, keep_cache: bool = False, normed: bool = True
 ) -> tuple[Tensor, State | None]:
-    """Pass `rows` through `model` (a `Qwen3VLModel`). Returns normed hidden states (B, L, H), left-padded, and a state.
+    """Pass `rows` through `model` (a `Qwen3VLModel`). Returns hidden states (B, L, H), left-padded, and a state.
 
-    soft (B, n, H): what replaces each row's soft positions. The state is None unless `keep_cache`.
+    soft (B, n, H): what replaces each row's soft positions. The state is None unless `keep_cache`. normed: behind the
+    model's final norm, or before it.
     """
     inputs, mask, next_position = _assemble(model, rows, soft)
     cache = DynamicCache() if keep_cache else None
-    output = model.language_model(
-        **inputs, attention_mask=mask.long(), past_key_values=cache, use_cache=keep_cache or None
+    hidden = pass_through(
+        model,
+        normed,
+        **inputs,
+        attention_mask=mask.long(),
+        past_key_values=cache,
+        use_cache=keep_cache or None,
     )
-    state = State(cache, mask, next_position) if cache is not None else None
-    return output.last_hidden_state, state
+    return hidden, State(cache, mask, next_position) if cache is not None else None
+
+
+def pass_through(model: Any, normed: bool, **inputs: Any) -> Tensor:
+    """The language model's last hidden states (B, L, H), behind its final norm or before it."""
+    language_model = model.language_model
+    if normed:
+        return language_model(**inputs).last_hidden_state
+    entering: list[Tensor] = []
+    hook = language_model.norm.register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0]))
+    try:
+        language_model(**inputs)
+    finally:
+        hook.remove()
+    return entering[0]
 
 
 def spoken_logps(
@@ -150,20 +185,51 @@ def spoken_logps(
     return linear_logp(speaking, weight, target, temperature=temperature).logp
 
 
-def advance(model: Any, state: State, embeds: Tensor, active: Tensor | None = None) -> Tensor:
-    """Feed one vector a row, embeds (B, H), over the cache; returns hidden states (B, H) and moves `state` on.
+def feed(model: Any, state: State, embeds: Tensor, real: Tensor | None = None, *, normed: bool = True) -> Tensor:
+    """Continue every row of `state` by embeds (R, L, H); returns hidden states (R, L, H) and moves the state on.
 
-    Rows not in `active` (B,) bool are carried along, but their new column stays invisible to what follows.
+    real (R, L) bool: which columns count, all by default; the others are padding, which nothing that follows sees.
+    Differentiable, through the state too. normed as in `run`.
     """
-    if active is None:
-        active = torch.ones_like(state.mask[:, 0])
-    state.mask = torch.cat([state.mask, active[:, None]], 1)
-    output = model.language_model(
-        inputs_embeds=embeds[:, None],
-        attention_mask=state.mask.long(),
-        position_ids=state.next_position[None, :, None].expand(3, -1, -1),
+    rows, length = embeds.shape[:2]
+    if real is None:
+        real = torch.ones(rows, length, dtype=torch.bool, device=embeds.device)
+    before = state.mask.shape[1]
+    state.mask = torch.cat([state.mask, real], 1)
+    columns = torch.arange(before + length, device=embeds.device)
+    visible = state.mask[:, None, None] & (columns <= columns[before:, None])
+    steps = real.cumsum(1)
+    positions = state.next_position[:, None] + steps - real.long()
+    state.next_position = state.next_position + steps[:, -1]
+    shared = {} if state.prefix is None else {"prefix": state.prefix}
+    return pass_through(
+        model,
+        normed,
+        inputs_embeds=embeds,
+        attention_mask=visible,
+        position_ids=positions.expand(3, -1, -1),
         past_key_values=state.cache,
         use_cache=True,
+        **shared,
     )
-    state.next_position = state.next_position + active
-    return output.last_hidden_state[:, -1]
+
+
+def feed_tokens(
+    model: Any, state: State, replies: Sequence[Sequence[int]], *, normed: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`feed` for token ids, one ragged reply a row: hidden states (R, L, H) of right-padded replies, and those (R, H) at
+    each reply's last token. No reply may be empty."""
+    table = model.language_model.embed_tokens
+    lengths = torch.tensor([len(ids) for ids in replies])
+    ids = np.zeros((len(replies), int(lengths.max())), np.int64)
+    for row, reply in enumerate(replies):
+        ids[row, : len(reply)] = reply
+    device = table.weight.device
+    real = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    hidden = feed(model, state, table(torch.from_numpy(ids).to(device)), real.to(device), normed=normed)
+    return hidden, hidden[torch.arange(len(replies)), lengths - 1]
+
+
+def advance(model: Any, state: State, embeds: Tensor) -> Tensor:
+    """`feed` for one vector a row: embeds (R, H) -> hidden states (R, H)."""
+    return feed(model, state, embeds[:, None])[:, -1]

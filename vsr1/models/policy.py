@@ -7,14 +7,16 @@ This module only holds and stores the parts; how the policy is prompted is `agen
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
+from vsr1.models.attention import share_prefixes
 from vsr1.models.embedder import Embedder
 from vsr1.models.refine import RefineHead
 from vsr1.models.tokenizer import REFINE, token_id
@@ -30,14 +32,22 @@ SHORT_SYSTEM = "Does the video show it?"  # for models that learn the format by 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """What a policy was trained with: number of soft tokens a refinement, their width, the embedder's input width,
-    and the system turn of its prompts."""
+    """What a policy was trained with.
+
+    soft_tokens a refinement, their width soft_size, the embedder's input width; gate of the refine head; the system turn of
+    its prompts. first_latent: whether the first soft token is made from the hidden state behind the model's last norm, as
+    the others are, or before it, as the published checkpoints do. calibration: scale and offset that turn the log-odds of
+    "matched" into those of the video being right.
+    """
 
     soft_tokens: int = 8
     soft_size: int = 2048
     embedder_size: int = 2048
     gate: bool = False
     system: str = SYSTEM
+    first_latent: Literal["normed", "unnormed"] = "normed"
+    calibration: tuple[float, float] = (1.0, 0.0)
+    rewriting: tuple[str, str] = ("<think>In other words:", "\n")
 
 
 class Policy(nn.Module):
@@ -61,6 +71,8 @@ class Policy(nn.Module):
         )
         self.refine_id = token_id(tokenizer, REFINE)
         self.eos_id: int = tokenizer.eos_token_id
+        self._pieces: dict[int, str] = {}
+        share_prefixes(model.model.language_model)
 
     @classmethod
     def from_pretrained(
@@ -85,7 +97,10 @@ class Policy(nn.Module):
             tokenizer.add_special_tokens({"additional_special_tokens": [REFINE]}, replace_extra_special_tokens=False)
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(len(tokenizer))
-        settings = settings or PolicySettings(**extra.get("policy", {}))
+        saved = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in extra.get("policy", {}).items()
+        }
+        settings = settings or PolicySettings(**saved)
         if videos is None:
             videos = VideoEncoder(model.model.visual, video or VideoSettings(**extra.get("video", {})))
         else:
@@ -103,7 +118,9 @@ class Policy(nn.Module):
         model.model.language_model.load_state_dict(embedder.model.language_model.state_dict())
         model.model.visual = embedder.videos.visual
         width = config.text_config.hidden_size
-        settings = PolicySettings(soft_tokens, embedder.dimension, width, system=SHORT_SYSTEM)
+        settings = PolicySettings(
+            soft_tokens, embedder.dimension, width, system=SHORT_SYSTEM, rewriting=("<think>find", ";")
+        )
         return cls(model, embedder.tokenizer, embedder.videos, settings)
 
     def save_pretrained(self, path: str | Path) -> None:
@@ -114,6 +131,16 @@ class Policy(nn.Module):
         save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / "refine.safetensors")
         extra = {"policy": asdict(self.settings), "video": vars(self.videos.settings)}
         (folder / "vsr1.json").write_text(json.dumps(extra, indent=1))
+
+    def piece(self, token: int) -> str:
+        """The text of one token, special ones included."""
+        if token not in self._pieces:
+            self._pieces[token] = self.text([token])
+        return self._pieces[token]
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Token ids as text, special ones included."""
+        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def token_embeddings(self, token_ids: Tensor) -> Tensor:
         """Token ids (...) -> input embeddings (..., H)."""

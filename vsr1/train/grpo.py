@@ -1,31 +1,35 @@
 """Stage 2: group-relative policy optimisation over the live loop.
 
-Every step runs G trajectories for each of a few queries through the real loop, with sampled text, sampled soft tokens and
-live retrieval. The text of a trajectory is judged as a whole (advantage within its query's group); the soft tokens of a
-turn are judged by what they did to the ranking (advantage among the group's refinements at that turn). One forward pass
-over the turns' rows gives both losses: its token log-probabilities, and, continued over its cache, the soft tokens replayed
-under the present weights.
+Every rollout runs G trajectories for each of a few queries through the real loop, with sampled text, sampled soft tokens
+and live retrieval. The text of a trajectory is judged as a whole (advantage within its query's group); the soft tokens of
+a turn are judged by what they did to the ranking (advantage among the group's refinements at that turn).
+
+One packed forward pass gives all losses: every prompt is read once, whatever the number of replies that continue it, and
+the replies share its keys and values, with gradient. The reference reads the same packs. Behind the replies that refined,
+the soft tokens are rolled out again under the present weights, once, for two losses: the policy gradient of the soft tokens
+that were drawn, and InfoNCE of the query that their means make, over the whole corpus.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vsr1.agent import protocol, rollout
-from vsr1.agent.generate import Sampling, SoftTokens, soft_tokens
-from vsr1.agent.rollout import LoopSettings
-from vsr1.errors import Vsr1Error
+from vsr1.agent.generate import SoftTokens, soft_tokens
+from vsr1.agent.rollout import Failures, LoopSettings
+from vsr1.agent.speech import Sampling
 from vsr1.models import backbone
 from vsr1.models.backbone import Row, State
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
-from vsr1.ops.corpus_scan import scan
+from vsr1.ops.corpus_scan import info_nce, scan
+from vsr1.ops.linear_logp import linear_logp
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.records import Moment, Trajectory, Turn
 from vsr1.train import rewards
@@ -34,21 +38,23 @@ from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 from vsr1.train.losses import AdvantageMode, LossType, group_advantages, latent_loss, policy_loss
 from vsr1.train.sft import trainable
 
-MOST_FAILED = 0.01  # of the trajectories so far; beyond it the run stops instead of learning from a broken corpus
-
 
 @dataclass
 class GrpoTraining:
-    """optimisation; videos in the corpus it searches; queries a step and trajectories a query; loop; loss; reward weights.
+    """optimisation; videos in the corpus it searches; queries a rollout and trajectories a query; loop; loss; rewards.
 
     bootstrapped: share of the queries whose right video is shown first: where the search rarely finds it, rejecting
-    everything would otherwise be the best thing to learn.
+    everything would otherwise be the best thing to learn. curriculum: share of the steps over which the loop grows from one
+    turn to `turns`. updates: optimiser steps a rollout; from the second on, the policy has moved away from what was sampled,
+    and the ratios say by how much.
 
     advantage: how the rewards of a query's group are compared (dr_grpo and leave-one-out estimates want no division by the
-    deviation: "mean", "leave_one_out"); dr_grpo divides by `max_tokens`.
+    deviation: "mean", "leave_one_out"); dr_grpo divides by `max_tokens`. Groups without variance teach nothing and are
+    left out.
 
-    sigma: exploration of the soft tokens, in units of their coordinates. beta: weight of the KL to the SFT policy.
-    temperature: of the softmax over the corpus in the retrieval reward.
+    sigma: exploration of the soft tokens, in units of their coordinates. beta: weight of the KL to the policy it starts from.
+    latent_weight of the soft tokens' policy gradient, contrast_weight of their InfoNCE. temperature: of the softmax over the
+    corpus in both and in the retrieval reward. pack_tokens: most tokens that one forward and backward pass holds.
     """
 
     optimisation: Optimisation = field(
@@ -60,7 +66,11 @@ class GrpoTraining:
     bootstrapped: float = 0.5
     group: int = 8
     turns: int = 3
+    curriculum: float = 0.0
+    accumulate: bool = False
+    updates: int = 1
     sampling_temperature: float = 1.0
+    top_p: float = 1.0
     max_tokens: int = 88
     loss_type: LossType = "grpo"
     advantage: AdvantageMode = "std"
@@ -69,7 +79,9 @@ class GrpoTraining:
     beta: float = 0.01
     sigma: float = 0.1
     latent_weight: float = 1.0
+    contrast_weight: float = 0.3
     temperature: float = 0.1
+    pack_tokens: int = 16384
     rewards: dict[str, float] = field(
         default_factory=lambda: {
             "answer": 1.2,
@@ -80,6 +92,20 @@ class GrpoTraining:
             "retrieval": 0.8,
         }
     )
+
+    def turns_at(self, step: int) -> int:
+        """The length of the loop at a step."""
+        grown = step / (self.curriculum * self.optimisation.steps) if self.curriculum else 1.0
+        return min(self.turns, 1 + int(grown * (self.turns - 1)))
+
+
+@dataclass(frozen=True)
+class Rolled:
+    """What a rollout leaves for its updates: the trajectories that did not fail, their judgement, and numbers to log."""
+
+    found: list[Trajectory]
+    judged: Judged
+    numbers: dict[str, float]
 
 
 def train_grpo(
@@ -93,38 +119,45 @@ def train_grpo(
 ) -> None:
     """Train `policy` on `moments` against the corpus `shelf`; the policy it starts from is the reference of the KL."""
     reference = _frozen_copy(policy)
-    counts = {"trajectories": 0, "failed": 0}
+    failures = Failures()
+    latest: list[Rolled] = []
 
-    def step(index: int) -> StepResult:
+    def roll_out(index: int) -> Rolled:
         rng = np.random.default_rng((seed, 4, index))
         pick = rng.choice(len(moments), min(settings.queries, len(moments)), replace=False)
+        sampling = Sampling(
+            settings.sampling_temperature, settings.top_p, settings.max_tokens, int(rng.integers(2**31))
+        )
         loop = LoopSettings(
-            turns=settings.turns,
+            turns=settings.turns_at(index),
+            accumulate=settings.accumulate,
             sigma=settings.sigma,
             samples=settings.group,
-            sampling=Sampling(settings.sampling_temperature, settings.max_tokens, seed=int(rng.integers(2**31))),
+            sampling=sampling,
         )
-        policy.eval()
         asked = [moments[i] for i in pick]
         first = [moment.video_id if rng.random() < settings.bootstrapped else None for moment in asked]
-        found = rollout.run(policy, embedder, shelf, asked, settings=loop, first=first)
+        policy.eval()
+        read = policy.videos.misses
+        found = rollout.run(policy, embedder, shelf, asked, settings=loop, first=first, failures=failures)
         groups = torch.arange(len(pick)).repeat_interleave(settings.group)
-        alive = torch.tensor([one.stop != "failed" for one in found])
-        counts["trajectories"] += len(found)
-        counts["failed"] += int((~alive).sum())
-        if counts["failed"] > max(MOST_FAILED * counts["trajectories"], 1):
-            reason = next(one.failure for one in found if one.failure)
-            raise Vsr1Error(f"{counts['failed']} of {counts['trajectories']} trajectories failed; the last: {reason}")
-        kept = [one for one, good in zip(found, alive.tolist(), strict=True) if good]
+        alive = [place for place, one in enumerate(found) if one.stop != "failed"]
+        kept = [found[place] for place in alive]
         judged = judge(kept, shelf, settings, groups[alive])
-        numbers = judged.numbers
-        if not judged.text_advantage.any() and not judged.turn_advantage.any():
+        return Rolled(kept, judged, judged.numbers | {"videos_encoded": float(policy.videos.misses - read)})
+
+    def step(index: int) -> StepResult:
+        if index % settings.updates == 0 or not latest:
+            latest[:] = [roll_out(index)]
+        (rolled,) = latest
+        numbers = dict(rolled.numbers)
+        packs = pack(rolled, policy, shelf, settings)
+        if not packs:
             return None, numbers
-        loss, stats = _loss(policy, reference, shelf, kept, judged, settings)
-        return loss, numbers | stats
+        return losses(policy, reference, embedder, shelf, packs, settings, numbers), numbers
 
     groups = trainable(policy, settings.head_learning_rate)
-    train("grpo", policy, groups, step, settings.optimisation, keeper, log_every=1)
+    train("grpo", policy, groups, step, settings.optimisation, keeper, log_every=1, save_at=settings.updates)
     policy.requires_grad_(False)
 
 
@@ -158,20 +191,28 @@ def judge(found: Sequence[Trajectory], shelf: Shelf, settings: GrpoTraining, gro
         parts.append(each)
     advantage, varied = group_advantages(torch.tensor(totals), groups, mode=settings.advantage)
 
-    queries: list[Tensor] = []
+    before: list[Tensor] = []
+    after: list[Tensor] = []
     owners: list[Moment] = []
+    places: list[int] = []
     kinds: list[int] = []
     for row, one in enumerate(found):
-        numbers_of_turns, after = rewards.refined_queries(one)
-        queries.extend(after)
-        owners.extend([one.moment] * len(numbers_of_turns))
-        kinds.extend(int(groups[row]) * settings.turns + number for number in numbers_of_turns)
-    turn_advantage, gain = torch.zeros(0), torch.zeros(0)
-    if queries:
-        gain = retrieval_probability(torch.stack(queries), owners, shelf, settings.temperature).cpu()
-        turn_advantage, _ = group_advantages(gain, torch.tensor(kinds))
+        turns, refined = rewards.refined_queries(one)
+        before.extend(one.turns[place].query for place in turns)
+        after.extend(refined)
+        owners.extend([one.moment] * len(turns))
+        places.extend(turns)
+        kinds.extend(int(groups[row]) * settings.turns + place for place in turns)
+    turn_advantage, chances, gain = torch.zeros(0), torch.zeros(0), torch.zeros(0)
+    if after:
+        both = retrieval_probability(torch.stack([*before, *after]), 2 * owners, shelf, settings.temperature).cpu()
+        chances = both[len(before) :]
+        gain = chances - both[: len(before)]
+        turn_advantage, _ = group_advantages(chances, torch.tensor(kinds))
+    kind, place = torch.tensor(kinds), torch.tensor(places)
+    spread = [chances[kind == one].var() for one in set(kinds) if kinds.count(one) > 1]
     numbers = {f"reward_{name}": float(np.mean([each[name] for each in parts])) for name in settings.rewards}
-    spread = [gain[torch.tensor(kinds) == kind].var() for kind in set(kinds) if kinds.count(kind) > 1]
+    numbers |= {f"refine_gain_{one + 1}": float(gain[place == one].mean()) for one in sorted(set(places))}
     return Judged(
         advantage,
         turn_advantage,
@@ -199,74 +240,215 @@ def retrieval_probability(queries: Tensor, moments: Sequence[Moment], shelf: She
     return rewards.retrieval_probability(found.positive_score, found.lse, temperature)
 
 
+@dataclass(frozen=True)
+class Reply:
+    """One turn that teaches: its trajectory, its place in it, and the advantages of its text and of its soft tokens (0: not
+    learned from)."""
+
+    one: Trajectory
+    place: int
+    text_advantage: float
+    turn_advantage: float
+
+    @property
+    def turn(self) -> Turn:
+        return self.one.turns[self.place]
+
+    def earlier(self) -> list[Tensor]:
+        """The soft tokens of the turns before."""
+        return [turn.actions for turn in self.one.turns[: self.place] if turn.actions is not None]
+
+
+@dataclass
+class Pack:
+    """Replies that share a forward pass, the distinct prompts they continue by (query, video), and each reply's prompt."""
+
+    prompts: dict[tuple[str, str], Row] = field(default_factory=dict)
+    replies: list[Reply] = field(default_factory=list)
+    owner: list[int] = field(default_factory=list)
+
+    def tokens_with(self, key: tuple[str, str], prompt: Row, reply: Reply) -> int:
+        """Padded tokens if this reply joined."""
+        prompts = [*(row for name, row in self.prompts.items() if name != key), prompt]
+        replies = [*self.replies, reply]
+        return len(prompts) * max(map(len, prompts)) + len(replies) * max(len(one.turn.token_ids) for one in replies)
+
+    def add(self, key: tuple[str, str], prompt: Row, reply: Reply) -> None:
+        self.prompts.setdefault(key, prompt)
+        self.replies.append(reply)
+        self.owner.append(list(self.prompts).index(key))
+
+
+def pack(rolled: Rolled, policy: Policy, shelf: Shelf, settings: GrpoTraining) -> list[Pack]:
+    """The replies that teach anything, those of a prompt behind one another, in packs of at most `pack_tokens` tokens (one
+    reply may be longer)."""
+    turn_advantages = iter(rolled.judged.turn_advantage.tolist())
+    explored = settings.latent_weight > 0 and settings.sigma > 0
+    teaching: dict[tuple[str, str], list[Reply]] = {}
+    for one, advantage in zip(rolled.found, rolled.judged.text_advantage.tolist(), strict=True):
+        for place, turn in enumerate(one.turns):
+            latent = next(turn_advantages) if turn.actions is not None else 0.0
+            reply = Reply(one, place, advantage, latent if explored else 0.0)
+            contrasted = turn.actions is not None and settings.contrast_weight > 0
+            if turn.token_ids and (advantage or reply.turn_advantage or contrasted):
+                teaching.setdefault((one.moment.query_id, turn.video_id), []).append(reply)
+    packs: list[Pack] = []
+    for key, replies in teaching.items():
+        text, video = replies[0].one.moment.text, shelf.features(key[1])
+        prompt = protocol.prompt(policy.tokenizer, text, video, system=policy.settings.system)
+        for reply in replies:
+            if not packs or packs[-1].tokens_with(key, prompt, reply) > settings.pack_tokens:
+                packs.append(Pack())
+            packs[-1].add(key, prompt, reply)
+    return packs
+
+
+def losses(
+    policy: Policy,
+    reference: Policy,
+    embedder: Embedder,
+    shelf: Shelf,
+    packs: Sequence[Pack],
+    settings: GrpoTraining,
+    numbers: dict[str, float],
+) -> Iterator[Tensor]:
+    """The loss of each pack; they add up to the loss of the step. `numbers` gets what is to be logged."""
+    replies = [reply for one in packs for reply in one.replies]
+    text = [reply for reply in replies if reply.text_advantage]
+    refined = [reply for reply in replies if reply.turn.actions is not None]
+    tokens = sum(len(reply.turn.token_ids) for reply in text)
+    count = float(tokens if settings.loss_type in ("bnpo", "dapo") else len(text))
+    for one in packs:
+        loss, stats = _loss(policy, reference, embedder, shelf, one, settings, count, len(refined))
+        share = len(one.replies) / len(replies)
+        for name, value in stats.items():
+            whole = name.endswith("loss") or name == "contrast"  # these add up; the others are means
+            numbers[name] = numbers.get(name, 0.0) + value * (1.0 if whole else share)
+        yield loss
+
+
 def _loss(
     policy: Policy,
     reference: Policy,
+    embedder: Embedder,
     shelf: Shelf,
-    found: Sequence[Trajectory],
-    judged: Judged,
+    one: Pack,
     settings: GrpoTraining,
+    text_count: float,
+    refined_count: int,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Text and soft-token losses of all turns, from one forward pass over their rows."""
-    turns: list[tuple[int, Turn]] = [(row, turn) for row, one in enumerate(found) for turn in one.turns]
-    rows = [_row(policy, found[row].moment, turn, shelf) for row, turn in turns]
-    lengths = [len(turn.token_ids) for _, turn in turns]
-    hidden, state = backbone.run(policy.model.model, rows, keep_cache=True)
-    assert state is not None
-    logp = _token_logps(policy, hidden, turns, settings.sampling_temperature)
-    with torch.no_grad():
-        before, _ = backbone.run(reference.model.model, rows)
-        reference_logp = _token_logps(reference, before, turns, settings.sampling_temperature)
-
-    width = max(lengths)
-
-    def padded(flat: Tensor) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)
-
-    mask = torch.arange(width, device=logp.device)[None] < torch.tensor(lengths, device=logp.device)[:, None]
-    old = padded(torch.cat([turn.token_logps for _, turn in turns]).to(logp.device))
-    owner = torch.tensor([row for row, _ in turns])
-    loss, stats = policy_loss(
-        padded(logp),
-        old,
-        judged.text_advantage[owner].to(logp.device),
-        mask,
-        loss_type=settings.loss_type,
-        clip_low=settings.clip_low,
-        clip_high=settings.clip_high,
-        beta=settings.beta,
-        ref_logp=padded(reference_logp),
-        max_length=settings.max_tokens,
-    )
-    refined = [index for index, (_, turn) in enumerate(turns) if turn.actions is not None]
-    if refined and settings.latent_weight and settings.sigma:
-        soft, old_soft = _replay(policy, hidden, state, [turns[index][1] for index in refined], refined, settings.sigma)
-        latent, latent_stats = latent_loss(
-            soft.means, soft.actions, old_soft, judged.turn_advantage.to(logp.device), settings.sigma, settings.clip_low
+    """A pack's part of the losses of text, soft tokens and contrast, from one forward pass."""
+    logps, last, state = _read(policy, one, settings)
+    loss = logps.new_zeros(())
+    stats: dict[str, float] = {}
+    learned = torch.tensor([reply.text_advantage != 0 for reply in one.replies], device=logps.device)
+    if bool(learned.any()):
+        with torch.no_grad():
+            reference_logps, _, _ = _read(reference, one, settings)
+        lengths = torch.tensor([len(reply.turn.token_ids) for reply in one.replies], device=logps.device)
+        mask = (torch.arange(logps.shape[1], device=logps.device) < lengths[:, None]) & learned[:, None]
+        old = torch.nn.utils.rnn.pad_sequence([reply.turn.token_logps for reply in one.replies], batch_first=True)
+        loss, stats = policy_loss(
+            logps,
+            old.to(logps.device),
+            torch.tensor([reply.text_advantage for reply in one.replies], device=logps.device),
+            mask,
+            loss_type=settings.loss_type,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            beta=settings.beta,
+            ref_logp=reference_logps,
+            max_length=settings.max_tokens,
+            denominator=text_count,
         )
-        loss = loss + settings.latent_weight * latent
-        stats |= {f"latent_{name}": value for name, value in latent_stats.items()}
+    rows = [row for row, reply in enumerate(one.replies) if reply.turn.actions is not None]
+    if rows and ((settings.latent_weight and settings.sigma) or settings.contrast_weight):
+        latent, latent_stats = _soft_losses(policy, embedder, shelf, one, rows, last, state, settings)
+        loss = loss + latent * len(rows) / refined_count
+        stats |= {name: value * (len(rows) / refined_count) for name, value in latent_stats.items()}
     return loss, stats
 
 
-def _row(policy: Policy, moment: Moment, turn: Turn, shelf: Shelf) -> Row:
-    video = shelf.features(turn.video_id)
-    prompt = protocol.prompt(policy.tokenizer, moment.text, video, system=policy.settings.system)
-    return replace(prompt, token_ids=(*prompt.token_ids, *turn.token_ids))
+def _read(policy: Policy, one: Pack, settings: GrpoTraining) -> tuple[Tensor, Tensor, State]:
+    """Log-probabilities (R, L) of the replies' tokens, right-padded with zeros; the states (R, H) that seed soft tokens; and
+    what these continue."""
+    model = policy.model.model
+    said = [reply.turn.token_ids for reply in one.replies]
+    prompts, state = backbone.run(model, list(one.prompts.values()), keep_cache=True)
+    assert state is not None
+    owner = torch.tensor(one.owner, device=prompts.device)
+    state = state.branch(owner)
+    normed = policy.settings.first_latent == "normed"
+    hidden, last = backbone.feed_tokens(model, state, said, normed=normed)
+    if not normed:
+        hidden = model.language_model.norm(hidden)
+    # a token is read off the state before its own: the first one off the prompt's end
+    before = torch.cat([prompts[owner, -1][:, None], hidden[:, :-1]], 1)
+    lengths = torch.tensor([len(ids) for ids in said], device=prompts.device)
+    mask = torch.arange(before.shape[1], device=prompts.device) < lengths[:, None]
+    target = torch.tensor([token for ids in said for token in ids], device=prompts.device)
+    weight = policy.model.lm_head.weight
+    flat = linear_logp(before[mask], weight, target, temperature=settings.sampling_temperature).logp
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat), last, state
 
 
-def _token_logps(policy: Policy, hidden: Tensor, turns: Sequence[tuple[int, Turn]], temperature: float) -> Tensor:
-    """Log-probabilities of every reply token, all turns behind one another."""
-    replies = [turn.token_ids for _, turn in turns]
-    return backbone.spoken_logps(hidden, policy.model.lm_head.weight, replies, temperature=temperature)
+def _soft_losses(
+    policy: Policy,
+    embedder: Embedder,
+    shelf: Shelf,
+    one: Pack,
+    rows: Sequence[int],
+    last: Tensor,
+    state: State,
+    settings: GrpoTraining,
+) -> tuple[Tensor, dict[str, float]]:
+    """Policy gradient of the soft tokens that were drawn, and InfoNCE of the query that their means make."""
+    replies = [one.replies[row] for row in rows]
+    soft, old = _replay(policy, last, state, [reply.turn for reply in replies], rows, settings.sigma)
+    loss = soft.means.new_zeros(())
+    stats: dict[str, float] = {}
+    if settings.latent_weight and settings.sigma:
+        advantage = torch.tensor([reply.turn_advantage for reply in replies], device=last.device)
+        latent, found = latent_loss(soft.means, soft.actions, old, advantage, settings.sigma, settings.clip_low)
+        loss = loss + settings.latent_weight * latent
+        stats |= {f"latent_{name}": value for name, value in found.items()}
+    if settings.contrast_weight:
+        contrast = _contrast(policy, embedder, shelf, replies, soft.means, settings)
+        loss = loss + settings.contrast_weight * contrast
+        stats["contrast"] = float(contrast.detach())
+    return loss, stats
+
+
+def _contrast(
+    policy: Policy,
+    embedder: Embedder,
+    shelf: Shelf,
+    replies: Sequence[Reply],
+    means: Tensor,
+    settings: GrpoTraining,
+) -> Tensor:
+    """Mean InfoNCE over the whole corpus of the queries that the soft tokens' means (M, n, D) make."""
+    positive = torch.tensor([shelf.row(reply.one.moment.video_id) for reply in replies], device=means.device)
+    by_length: dict[int, list[int]] = {}
+    kept = [reply.earlier() if settings.accumulate else [] for reply in replies]
+    for row, earlier in enumerate(kept):
+        by_length.setdefault(len(earlier), []).append(row)
+    total = means.new_zeros(())
+    for rows in by_length.values():
+        tokens = torch.stack([torch.cat([*kept[row], means[row]]) for row in rows])
+        texts = [replies[row].one.moment.text for row in rows]
+        refined = embedder.embed_texts(texts, policy.head.soft_tokens(tokens))
+        total = total + info_nce(refined, shelf.matrix(), positive[rows], settings.temperature).sum()
+    return total / len(replies)
 
 
 def _replay(
-    policy: Policy, hidden: Tensor, state: State, turns: Sequence[Turn], rows: Sequence[int], sigma: float
+    policy: Policy, last: Tensor, state: State, turns: Sequence[Turn], rows: Sequence[int], sigma: float
 ) -> tuple[SoftTokens, Tensor]:
     """The soft tokens of `turns` under the present weights, and their log-probability when they were drawn."""
-    chosen = torch.tensor(rows, device=hidden.device)
+    chosen = torch.tensor(rows, device=last.device)
     actions = torch.stack([turn.actions for turn in turns if turn.actions is not None])
     means = torch.stack([turn.latents for turn in turns if turn.latents is not None])
-    soft = soft_tokens(policy, hidden[chosen, -1], state.select(chosen), sigma=sigma, replay=actions)
-    return soft, gaussian_logp(actions, means, sigma)
+    soft = soft_tokens(policy, last[chosen], state.select(chosen), sigma=sigma, replay=actions)
+    old = gaussian_logp(actions, means, sigma) if sigma else soft.logps.detach()
+    return soft, old

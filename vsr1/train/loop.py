@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vsr1.errors import Vsr1Error
@@ -24,7 +25,7 @@ from vsr1.train.losses import as_numbers
 from vsr1.train.monitor import Monitor
 from vsr1.train.optimizer import optimizers
 
-StepResult = tuple[Tensor | None, dict[str, float]]
+StepResult = tuple[Tensor | Iterable[Tensor] | None, dict[str, float]]
 
 
 class Interrupted(Vsr1Error):
@@ -91,11 +92,14 @@ def train(
     keeper: Keeper,
     *,
     log_every: int = 5,
+    save_at: int = 1,
 ) -> None:
     """Run `stage` from its newest checkpoint to `settings.steps`.
 
-    parameters: optimizer groups (`params`, optional `lr`). step(i) returns (loss, numbers to log), or (None, numbers) where a
-    batch has nothing to learn from: it is logged and no update is made. Raises Interrupted after Ctrl-C, once saved.
+    parameters: optimizer groups (`params`, optional `lr`). step(i) returns (loss, numbers to log), where the loss may come in
+    parts that add up: each is differentiated before the next is computed, and numbers may be added meanwhile. It returns
+    (None, numbers) where a batch has nothing to learn from: that is logged and no update is made. save_at: checkpoints
+    stand behind a multiple of that many steps only. Raises Interrupted after Ctrl-C, once saved.
     """
     rate, decay = settings.learning_rate, settings.weight_decay
     used = optimizers(modules, parameters, lr=rate, muon=settings.muon, weight_decay=decay)
@@ -112,10 +116,13 @@ def train(
             if loss is not None:
                 for optimizer in used:
                     optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                parts = []
+                for part in [loss] if isinstance(loss, Tensor) else loss:
+                    part.backward()
+                    parts.append(part.detach())
                 length = nn.utils.clip_grad_norm_(weights, settings.clip)
                 # Read only now, so that a GPU is waited for once; nothing has been updated yet.
-                numbers |= as_numbers(loss=loss, gradient_norm=length)
+                numbers |= as_numbers(loss=torch.stack(parts).sum(), gradient_norm=length)
                 for name in ("loss", "gradient_norm"):
                     if not math.isfinite(numbers[name]):
                         raise Vsr1Error(
@@ -126,8 +133,9 @@ def train(
             if index % log_every == 0 or index + 1 == settings.steps:
                 keeper.monitor.record(stage, index, learning_rate=settings.learning_rate * rate, **numbers)
             phase.update(index + 1, note=f"loss {numbers.get('loss', float('nan')):.3f}")
-            stop = pressed()
-            if stop or time.monotonic() - saved >= keeper.every or index + 1 == settings.steps:
+            stop, last = pressed() and (index + 1) % save_at == 0, index + 1 == settings.steps
+            due = time.monotonic() - saved >= keeper.every and (index + 1) % save_at == 0
+            if stop or due or last:
                 checkpoint.save(keeper.folder, stage, index + 1, modules, used)
                 saved = time.monotonic()
             if stop:
