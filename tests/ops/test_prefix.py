@@ -6,41 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.ops.prefix import check_error, plain, tensors
 from vsr1.ops import last_backend
 from vsr1.ops.prefix import group_block_mask, shared_prefix_attention
-
-
-def tensors(
-    groups=2, group=3, heads=4, key_heads=2, queries=1, prefix=7, suffix=5, width=8, dtype=torch.float64, owner=None
-):
-    """q, keys and values; with an `owner`, the prefix of each row, one prefix more than it names."""
-    generator = torch.Generator().manual_seed(0)
-    rows = groups * group if owner is None else len(owner)
-    groups = groups if owner is None else max(owner) + 2
-    shapes = [
-        (rows, heads, queries, width),
-        (groups, key_heads, prefix, width),
-        (groups, key_heads, prefix, width),
-        (rows, key_heads, suffix, width),
-        (rows, key_heads, suffix, width),
-    ]
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
-
-
-def plain(q, k_prefix, v_prefix, k_suffix, v_suffix, group, prefix_mask=None, suffix_mask=None, scale=None):
-    """Every row with its own copy of the prefix, through torch's attention."""
-    rows, _, queries, _ = q.shape
-    owner = group if isinstance(group, torch.Tensor) else torch.arange(rows) // group
-    k = torch.cat([k_prefix[owner], k_suffix], 2)
-    v = torch.cat([v_prefix[owner], v_suffix], 2)
-    seen = torch.ones(rows, queries, k.shape[2], dtype=torch.bool)
-    prefix = k_prefix.shape[2]
-    if prefix_mask is not None:
-        seen[..., :prefix] = prefix_mask[owner][:, None]
-    if suffix_mask is not None:
-        seen[..., prefix:] = suffix_mask if suffix_mask.dim() == 3 else suffix_mask[:, None]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=True)
-
 
 CASES = {
     "decode": {},
@@ -115,22 +83,7 @@ def test_a_query_that_sees_nothing_gets_zeros_and_no_gradient():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_error_is_at_most_one_and_a_half_times_that_of_the_plain_path(dtype):
-    inputs = tensors(prefix=65, suffix=17, width=32, dtype=dtype)
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-
-    def run(function, tensors):
-        out = function(*tensors)
-        return out, *torch.autograd.grad(out.square().sum(), tensors)
-
-    truth = run(lambda *a: plain(*a, 3), exact)
-    naive = run(lambda *a: plain(*a, 3), inputs)
-    ours = run(lambda *a: shared_prefix_attention(*a, group=3), inputs)
-    for name, o, n, t in zip(
-        ("out", "q", "k_prefix", "v_prefix", "k_suffix", "v_suffix"), ours, naive, truth, strict=True
-    ):
-        assert o.dtype == dtype, name
-        error, allowed = (float((x.double() - t).detach().norm() / t.detach().norm()) for x in (o, n))
-        assert error <= 1.5 * allowed + 1e-7, name
+    check_error(tensors(prefix=65, suffix=17, width=32, dtype=dtype), 3, backend="reference")
 
 
 def test_packed_group_equals_separate_rows():

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vsr1.ops._dispatch import Backend, register, resolve
+from vsr1.ops import _prefix_flash
+from vsr1.ops._dispatch import Backend, cpu_only, extension_missing, register, resolve
 
 # Not torch.library.custom_op, whose first call imports torch._dynamo: two seconds of everybody's first step.
 _INPUTS = (
@@ -47,9 +48,10 @@ def forward(
 
     suffix_mask is (R, 1 or L, S). The values of `owner` are checked here, not at the door, where tracing would see it.
     """
-    resolve("prefix", backend, device=q.device, dtype=q.dtype)
+    name = resolve("prefix", backend, device=q.device, dtype=q.dtype)
     _check_owner(owner, len(k_prefix))
-    return reference(q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, scale)
+    compute = _prefix_flash.forward if name == "cpu" else reference
+    return compute(q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, scale)
 
 
 @torch.library.register_fake("vsr1::shared_prefix_attention")
@@ -61,8 +63,9 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, q: Tensor, *rest: Any) -> Gradients:
     """Gradients in q, keys and values, from that of the output and what `forward` took and gave."""
     *tensors, scale, backend = rest
-    resolve("prefix", backend, device=q.device, dtype=q.dtype)
-    return reference_backward(*(grad, q, *tensors, scale))
+    name = resolve("prefix", backend, device=q.device, dtype=q.dtype)
+    compute = _prefix_flash.backward if name == "cpu" else reference_backward
+    return compute(*(grad, q, *tensors, scale))
 
 
 @torch.library.register_fake("vsr1::shared_prefix_attention_backward")
@@ -207,4 +210,10 @@ def _visible_suffix(mask: Tensor | None, q: Tensor, keys: Tensor) -> Tensor | No
     return None if mask is None else _fold(mask[:, None].expand(*q.shape[:3], -1), keys)
 
 
-register("prefix", reference=Backend())
+def _cpu_refuses(*, device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16 tensors; these are {str(dtype).removeprefix('torch.')}"
+    return cpu_only(device=device)
+
+
+register("prefix", cpu=Backend(extension_missing, _cpu_refuses), reference=Backend())
