@@ -51,7 +51,7 @@ class Step:
         self.words = 0
         self.numbers: dict[str, float] = {}
         self._run = run
-        self._loss: Tensor | None = None
+        self._loss: list[Tensor] | None = None
         real = backbone.linear_logp
 
         def counted(hidden: Tensor, *rest: Any, **options: Any) -> LinearLogp:
@@ -61,15 +61,18 @@ class Step:
         def instead(
             _name: str, _modules: Any, _groups: Any, step: Callable[[int], Any], settings: Any, *_: Any, **__: Any
         ):
-            self._loss, self.numbers = step(settings.steps - 1)  # when all losses have joined
+            loss, self.numbers = step(settings.steps - 1)  # when all losses have joined
+            self._loss = [loss] if isinstance(loss, Tensor) else list(loss)  # the stage freezes the model when it ends
 
-        monkeypatch.setattr(backbone, "linear_logp", counted)
+        for module in (backbone, grpo):
+            monkeypatch.setattr(module, "linear_logp", counted)
         monkeypatch.setattr(stage, "train", instead)
 
     def __call__(self) -> None:
         self._run()
         assert self._loss is not None
-        self._loss.backward()
+        for part in self._loss:
+            part.backward()
         self._loss = None
 
 

@@ -154,10 +154,25 @@ def step(tiny_policy: Policy, world: World, shelf: Shelf) -> tuple[list[Trajecto
     return found, grpo.Judged(torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0]), {}), settings
 
 
-def test_a_grpo_step_starts_at_ratio_one_and_kl_zero(tiny_policy: Policy, shelf: Shelf, step: Any) -> None:
+def update(
+    policy: Policy,
+    embedder: Embedder,
+    shelf: Shelf,
+    step: tuple[list[Trajectory], grpo.Judged, GrpoTraining],
+    reference: Policy | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """The loss of an update as training would differentiate it, and its numbers."""
     found, judged, settings = step
-    reference = grpo._frozen_copy(tiny_policy)
-    _, numbers = grpo._loss(tiny_policy, reference, shelf, found, judged, settings)
+    packs = grpo.pack(grpo.Rolled(found, judged, {}), policy, shelf, settings)
+    numbers: dict[str, float] = {}
+    parts = grpo.losses(policy, reference or grpo._frozen_copy(policy), embedder, shelf, packs, settings, numbers)
+    return torch.stack(list(parts)).sum(), numbers
+
+
+def test_a_grpo_step_starts_at_ratio_one_and_kl_zero(
+    tiny_policy: Policy, tiny_embedder: Embedder, shelf: Shelf, step: Any
+) -> None:
+    _, numbers = update(tiny_policy, tiny_embedder, shelf, step)
     assert numbers["ratio"] == pytest.approx(1, abs=1e-3)
     assert numbers["latent_ratio"] == pytest.approx(1, abs=1e-3)
     assert numbers["kl"] == pytest.approx(0, abs=1e-6)
@@ -165,13 +180,13 @@ def test_a_grpo_step_starts_at_ratio_one_and_kl_zero(tiny_policy: Policy, shelf:
 
 
 def test_a_grpo_step_teaches_model_and_head_and_leaves_the_reference_alone(
-    tiny_policy: Policy, shelf: Shelf, step: Any
+    tiny_policy: Policy, tiny_embedder: Embedder, shelf: Shelf, step: Any
 ) -> None:
-    found, judged, settings = step
+    settings = step[2]
     reference = grpo._frozen_copy(tiny_policy)
     before = {name: weight.clone() for name, weight in reference.named_parameters()}
     groups = sft.trainable(tiny_policy, settings.head_learning_rate)
-    loss, _ = grpo._loss(tiny_policy, reference, shelf, found, judged, settings)
+    loss, _ = update(tiny_policy, tiny_embedder, shelf, step, reference)
     loss.backward()
 
     def learns(module: torch.nn.Module) -> bool:
@@ -182,7 +197,8 @@ def test_a_grpo_step_teaches_model_and_head_and_leaves_the_reference_alone(
     )
     assert learns(tiny_policy.head.refine_projector)
     assert learns(tiny_policy.head.refine_latent_input_projector)
-    assert all(weight.grad is None for weight in tiny_policy.head.refine_append_input_projector.parameters())
+    assert learns(tiny_policy.head.refine_append_input_projector)  # by InfoNCE of the query it makes
+    assert all(weight.grad is None for weight in tiny_embedder.parameters())
     assert all(weight.grad is None for weight in tiny_policy.videos.visual.parameters())
 
     torch.optim.SGD([weight for group in groups for weight in group["params"]], lr=1e-2).step()
@@ -190,16 +206,17 @@ def test_a_grpo_step_teaches_model_and_head_and_leaves_the_reference_alone(
         weight.grad is None and torch.equal(weight, before[name]) for name, weight in reference.named_parameters()
     )
     assert reference.videos.visual is tiny_policy.videos.visual
-    _, moved = grpo._loss(tiny_policy, reference, shelf, found, judged, settings)
+    _, moved = update(tiny_policy, tiny_embedder, shelf, step, reference)
     assert moved["kl"] > 1e-7
 
 
-def test_a_grpo_step_makes_the_better_trajectory_likelier(tiny_policy: Policy, shelf: Shelf, step: Any) -> None:
+def test_a_grpo_step_makes_the_better_trajectory_likelier(
+    tiny_policy: Policy, tiny_embedder: Embedder, shelf: Shelf, step: Any
+) -> None:
     found, judged, settings = step
-    reference = grpo._frozen_copy(tiny_policy)
     groups = sft.trainable(tiny_policy, settings.head_learning_rate)
-    text_only = replace(settings, latent_weight=0.0)
-    loss, _ = grpo._loss(tiny_policy, reference, shelf, found, judged, text_only)
+    text_only = replace(settings, latent_weight=0.0, contrast_weight=0.0)
+    loss, _ = update(tiny_policy, tiny_embedder, shelf, (found, judged, text_only))
     loss.backward()
     torch.optim.SGD([weight for group in groups for weight in group["params"]], lr=1e-2).step()
     better = found[0].turns[1]
@@ -208,11 +225,13 @@ def test_a_grpo_step_makes_the_better_trajectory_likelier(tiny_policy: Policy, s
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo", "gspo"])
-def test_every_loss_type_can_be_trained_with(tiny_policy: Policy, shelf: Shelf, step: Any, loss_type: Any) -> None:
+def test_every_loss_type_can_be_trained_with(
+    tiny_policy: Policy, tiny_embedder: Embedder, shelf: Shelf, step: Any, loss_type: Any
+) -> None:
     found, judged, settings = step
-    settings = replace(settings, loss_type=loss_type, latent_weight=0.0, beta=0.0)
+    settings = replace(settings, loss_type=loss_type, latent_weight=0.0, contrast_weight=0.0, beta=0.0)
     sft.trainable(tiny_policy, settings.head_learning_rate)
-    loss, _ = grpo._loss(tiny_policy, grpo._frozen_copy(tiny_policy), shelf, found, judged, settings)
+    loss, _ = update(tiny_policy, tiny_embedder, shelf, (found, judged, settings))
     loss.backward()
     lengths = [len(one.token_ids) for row in found for one in row.turns]
     signs = [1, 1, -1]  # of the turns' trajectories; at ratio 1 a token costs minus its advantage
@@ -232,14 +251,16 @@ def test_advantages_without_the_deviation() -> None:
 
 
 @pytest.mark.parametrize("head", [torch.float32, torch.bfloat16])
-def test_a_grpo_step_in_half_precision(tiny_policy: Policy, shelf: Shelf, step: Any, head: torch.dtype) -> None:
+def test_a_grpo_step_in_half_precision(
+    tiny_policy: Policy, tiny_embedder: Embedder, shelf: Shelf, step: Any, head: torch.dtype
+) -> None:
     """A bfloat16 model, as checkpoints come, with a float32 head or one of its own; the records are float32."""
-    found, judged, settings = step
-    wide, _ = grpo._loss(tiny_policy, grpo._frozen_copy(tiny_policy), shelf, found, judged, settings)
+    settings = step[2]
+    wide, _ = update(tiny_policy, tiny_embedder, shelf, step)
     tiny_policy.model.bfloat16()
     tiny_policy.head.to(head)
     sft.trainable(tiny_policy, settings.head_learning_rate)
-    loss, numbers = grpo._loss(tiny_policy, grpo._frozen_copy(tiny_policy), shelf, found, judged, settings)
+    loss, numbers = update(tiny_policy, tiny_embedder, shelf, step)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(wide.item(), abs=0.05)
     assert numbers["ratio"] == pytest.approx(1, abs=0.02)

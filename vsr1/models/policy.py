@@ -97,7 +97,7 @@ class Policy(nn.Module):
             tokenizer.add_special_tokens({"additional_special_tokens": [REFINE]}, replace_extra_special_tokens=False)
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(len(tokenizer))
-        saved = {
+        saved: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in extra.get("policy", {}).items()
         }
         settings = settings or PolicySettings(**saved)

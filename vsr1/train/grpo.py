@@ -314,17 +314,22 @@ def losses(
 ) -> Iterator[Tensor]:
     """The loss of each pack; they add up to the loss of the step. `numbers` gets what is to be logged."""
     replies = [reply for one in packs for reply in one.replies]
-    text = [reply for reply in replies if reply.text_advantage]
-    refined = [reply for reply in replies if reply.turn.actions is not None]
-    tokens = sum(len(reply.turn.token_ids) for reply in text)
-    count = float(tokens if settings.loss_type in ("bnpo", "dapo") else len(text))
+    spoken = [len(reply.turn.token_ids) for reply in replies if reply.text_advantage]
+    totals = Totals(sum(spoken), len(spoken), sum(reply.turn.actions is not None for reply in replies))
     for one in packs:
-        loss, stats = _loss(policy, reference, embedder, shelf, one, settings, count, len(refined))
-        share = len(one.replies) / len(replies)
+        loss, stats = _loss(policy, reference, embedder, shelf, one, settings, totals)
         for name, value in stats.items():
-            whole = name.endswith("loss") or name == "contrast"  # these add up; the others are means
-            numbers[name] = numbers.get(name, 0.0) + value * (1.0 if whole else share)
+            numbers[name] = numbers.get(name, 0.0) + value
         yield loss
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a step averages over: tokens and replies that are learned from, and replies that refined."""
+
+    tokens: int
+    replies: int
+    refined: int
 
 
 def _loss(
@@ -334,10 +339,9 @@ def _loss(
     shelf: Shelf,
     one: Pack,
     settings: GrpoTraining,
-    text_count: float,
-    refined_count: int,
+    totals: Totals,
 ) -> tuple[Tensor, dict[str, float]]:
-    """A pack's part of the losses of text, soft tokens and contrast, from one forward pass."""
+    """A pack's part of the losses of text, soft tokens and contrast, from one forward pass, and of the numbers to log."""
     logps, last, state = _read(policy, one, settings)
     loss = logps.new_zeros(())
     stats: dict[str, float] = {}
@@ -348,10 +352,10 @@ def _loss(
         lengths = torch.tensor([len(reply.turn.token_ids) for reply in one.replies], device=logps.device)
         mask = (torch.arange(logps.shape[1], device=logps.device) < lengths[:, None]) & learned[:, None]
         old = torch.nn.utils.rnn.pad_sequence([reply.turn.token_logps for reply in one.replies], batch_first=True)
-        loss, stats = policy_loss(
+        loss, found = policy_loss(
             logps,
             old.to(logps.device),
-            torch.tensor([reply.text_advantage for reply in one.replies], device=logps.device),
+            logps.new_tensor([reply.text_advantage for reply in one.replies]),
             mask,
             loss_type=settings.loss_type,
             clip_low=settings.clip_low,
@@ -359,13 +363,16 @@ def _loss(
             beta=settings.beta,
             ref_logp=reference_logps,
             max_length=settings.max_tokens,
-            denominator=text_count,
+            denominator=totals.tokens if settings.loss_type in ("bnpo", "dapo") else totals.replies,
         )
+        share = int(mask.sum()) / totals.tokens
+        stats = {name: value if name == "loss" else share * value for name, value in found.items()}
     rows = [row for row, reply in enumerate(one.replies) if reply.turn.actions is not None]
     if rows and ((settings.latent_weight and settings.sigma) or settings.contrast_weight):
         latent, latent_stats = _soft_losses(policy, embedder, shelf, one, rows, last, state, settings)
-        loss = loss + latent * len(rows) / refined_count
-        stats |= {name: value * (len(rows) / refined_count) for name, value in latent_stats.items()}
+        share = len(rows) / totals.refined
+        loss = loss + share * latent
+        stats |= {name: share * value for name, value in latent_stats.items()}
     return loss, stats
 
 
@@ -408,7 +415,7 @@ def _soft_losses(
     loss = soft.means.new_zeros(())
     stats: dict[str, float] = {}
     if settings.latent_weight and settings.sigma:
-        advantage = torch.tensor([reply.turn_advantage for reply in replies], device=last.device)
+        advantage = soft.means.new_tensor([reply.turn_advantage for reply in replies])
         latent, found = latent_loss(soft.means, soft.actions, old, advantage, settings.sigma, settings.clip_low)
         loss = loss + settings.latent_weight * latent
         stats |= {f"latent_{name}": value for name, value in found.items()}
