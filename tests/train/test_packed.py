@@ -147,7 +147,7 @@ def test_a_packed_update_equals_plain_rows(
     policy: Policy, tiny_embedder: Embedder, shelf: Shelf, rolled: Rolled, loss_type: Any
 ) -> None:
     settings = replace(SETTINGS, loss_type=loss_type)
-    reference = grpo._frozen_copy(policy)
+    reference = grpo.frozen_copy(policy)
     with torch.no_grad():
         for weight in policy.model.model.language_model.parameters():
             weight += 0.01 * weight.abs().mean()
@@ -173,7 +173,7 @@ def test_contrast_joins_and_packs_change_nothing(
 ) -> None:
     """InfoNCE of the means' query, whose vectors are float32, in one pack and in one for almost every reply."""
     settings = replace(SETTINGS, contrast_weight=0.7)
-    reference = grpo._frozen_copy(policy)
+    reference = grpo.frozen_copy(policy)
     trainable(policy, 1e-3)
     loss, whole, numbers, _ = packed(policy, reference, tiny_embedder, shelf, rolled, settings)
     expected = plain_loss(policy, reference, tiny_embedder, shelf, rolled, settings)
@@ -220,7 +220,7 @@ def test_soft_tokens_of_earlier_turns_stay_where_they_accumulate(
         return embed(texts, soft)
 
     monkeypatch.setattr(tiny_embedder, "embed_texts", counted)
-    packed(policy, grpo._frozen_copy(policy), tiny_embedder, shelf, rolled, settings)
+    packed(policy, grpo.frozen_copy(policy), tiny_embedder, shelf, rolled, settings)
     assert sorted(counts) == [8, 8, 8, 16, 16, 24]
 
 

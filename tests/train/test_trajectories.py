@@ -165,7 +165,7 @@ def update(
     found, judged, settings = step
     packs = grpo.pack(grpo.Rolled(found, judged, {}), policy, shelf, settings)
     numbers: dict[str, float] = {}
-    parts = grpo.losses(policy, reference or grpo._frozen_copy(policy), embedder, shelf, packs, settings, numbers)
+    parts = grpo.losses(policy, reference or grpo.frozen_copy(policy), embedder, shelf, packs, settings, numbers)
     return torch.stack(list(parts)).sum(), numbers
 
 
@@ -183,7 +183,7 @@ def test_a_grpo_step_teaches_model_and_head_and_leaves_the_reference_alone(
     tiny_policy: Policy, tiny_embedder: Embedder, shelf: Shelf, step: Any
 ) -> None:
     settings = step[2]
-    reference = grpo._frozen_copy(tiny_policy)
+    reference = grpo.frozen_copy(tiny_policy)
     before = {name: weight.clone() for name, weight in reference.named_parameters()}
     groups = sft.trainable(tiny_policy, settings.head_learning_rate)
     loss, _ = update(tiny_policy, tiny_embedder, shelf, step, reference)

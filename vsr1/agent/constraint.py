@@ -1,48 +1,56 @@
-"""What a reply may say inside its tags, token by token: the two answers, and times within the video.
+"""What a constrained reply may say, as a regular expression that structured-output engines take.
 
-The sentences allowed in a tag are few, so they are written out, tokenised and put in a trie; while a reply is inside the
-tag, only the children of its place in the trie may follow.
+Up to `<answer>` the policy says what it likes; behind it stand one of the two answers, for a match its times, none later
+than the video's end, and `<REFINE>`. Everything `protocol.render` writes for such a reply is accepted. Plain syntax only
+(no look-around, no back-references), because these expressions become automata.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
-from typing import Any
+from vsr1.models.tokenizer import REFINE
 
-from transformers import PreTrainedTokenizerBase
-
-Trie = dict[int, Any]  # token -> Trie; empty where the tag is closed
-
-ANSWER_TAG = "<answer>"
-ANSWERS = ("matched", "not_matched")
-_TIME_TAGS = ("<start>", "<end>")
+_TAG = "<answer>"
+_PLACES = 9  # decimal places a time may have: what `render` writes of a time from 0.1 ms on
 
 
-class Constraint:
-    """The tries of one tokenizer."""
+def _until(tag: str) -> tuple[str, str]:
+    """(any text without `tag`, the tag itself where it ends such a text). Only the tag's first letter may be "<"."""
+    heads = [tag[:length] for length in range(1, len(tag))]
+    again = "(" + "|".join(["<", *(f"{head[1:]}<" for head in heads[1:])]) + ")*"  # the tag begins anew inside itself
+    away = "|".join(f"{head[1:]}[^<{tag[length]}]" for length, head in enumerate(heads, 1))
+    return f"([^<]|<{again}({away}))*", f"<{again}{tag[1:]}"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._times = cache(self._write_times)
-        self._answers = self._trie(f"{answer}</answer>" for answer in ANSWERS)
 
-    def opened(self, text: str, duration: float) -> Trie | None:
-        """The trie of the tag that `text` has just opened, None where it ends in no tag; duration in seconds."""
-        if text.endswith(ANSWER_TAG):
-            return self._answers
-        for tag in _TIME_TAGS:
-            if text.endswith(tag):
-                return self._times(tag, int(duration * 10))
-        return None
+def at_most(limit: float) -> str:
+    """A regular expression of the numbers from 0 to `limit`, whole or with a decimal point, without leading zeros."""
+    whole, _, places = f"{limit:.{_PLACES}f}".rstrip("0").partition(".")
+    below = [f"{digit}" for digit in range(min(int(whole), 10))]  # one-digit numbers below
+    for length in range(2, len(whole) + 1):
+        if length < len(whole):
+            below.append(f"[1-9][0-9]{{{length - 1}}}")
+            continue
+        for index, digit in enumerate(whole):  # the same beginning, then a smaller digit, then any
+            least = 1 if index == 0 else 0
+            if int(digit) > least:
+                rest = f"[0-9]{{{len(whole) - index - 1}}}" if index + 1 < len(whole) else ""
+                below.append(f"{whole[:index]}[{least}-{int(digit) - 1}]{rest}")
+    last = ["0{0,%d}" % _PLACES]
+    for index, digit in enumerate(places):
+        last.append(places[:index])
+        if digit != "0":
+            last.append(f"{places[:index]}[0-{int(digit) - 1}][0-9]{{0,{_PLACES - index - 1}}}")
+    if places:
+        last.append(f"{places}0{{0,{_PLACES - len(places)}}}")
+    ends = "|".join(part for part in last if part)
+    choices = [f"{whole}(\\.({ends}))?"]
+    if below:
+        choices.append(f"({'|'.join(below)})(\\.[0-9]{{1,{_PLACES}}})?")
+    return f"({'|'.join(choices)})"
 
-    def _write_times(self, tag: str, tenths: int) -> Trie:
-        return self._trie(f"{tenth / 10:g}{tag.replace('<', '</')}" for tenth in range(tenths + 1))
 
-    def _trie(self, sentences: Iterable[str]) -> Trie:
-        root: Trie = {}
-        for ids in self._tokenizer(list(sentences), add_special_tokens=False)["input_ids"]:
-            node = root
-            for token in ids:
-                node = node.setdefault(token, {})
-        return root
+def reply_pattern(duration: float) -> str:
+    """The regular expression of a whole reply about a video of `duration` seconds."""
+    free, tag = _until(_TAG)
+    time = at_most(duration)
+    span = f"(<start>{time}</start><end>{time}</end>)?"
+    return f"{free}({tag}(not_matched</answer>|matched</answer>{span})({REFINE})?)?"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vsr1.agent import protocol
-from vsr1.agent.constraint import ANSWER_TAG, ANSWERS, Constraint, Trie
+from vsr1.agent.allowed import ANSWER_TAG, ANSWERS, Allowed, Trie
 from vsr1.agent.speech import Question, Sampling, Spoken
 from vsr1.models import backbone
 from vsr1.models.backbone import Row, State
@@ -171,7 +171,7 @@ class _Batch:
         self.seeds, self.limits, self.refining, self.stop = seeds, limits, refining, stop
         self.noise = None if refining is None else refining.noise
         self.raw = policy.settings.first_latent == "unnormed"
-        self.constraint = Constraint(policy.tokenizer) if sampling.constrained else None
+        self.constraint = Allowed(policy.tokenizer) if sampling.constrained else None
         self.answers = [policy.tokenizer(answer, add_special_tokens=False)["input_ids"][0] for answer in ANSWERS]
         # the replies of a prompt follow one another, so that a prompt leaves as soon as it can
         self.waiting = deque(sorted(range(len(owner)), key=lambda index: owner[index]))

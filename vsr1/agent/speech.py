@@ -1,4 +1,10 @@
-"""What is asked of whatever speaks for the policy, and what it answers: the own engine or a server behind one interface."""
+"""What the loop asks of a policy, whoever makes it speak: questions in, spoken replies out.
+
+A `Speaker` is an engine: the package's own (`agent.generate`) or a vLLM server (`agent.vllm`). Both are asked with the
+same records and answer with the same, so rollouts, evaluation and serving do not know which one they use. A reply ends
+with `<REFINE>` or the turn-closing token, which is kept; soft tokens come later and only from the own engine, because
+they need hidden states.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +14,21 @@ from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from vsr1.models.policy import Policy
 from vsr1.models.vision import VideoFeatures
+
+_TAG = "<answer>"
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
 
-    temperature 0 is greedy; top_p keeps the smallest set of likeliest tokens that holds that much probability; max_tokens
-    bounds a reply; seed makes sampling repeatable; constrained allows only the two answers after `<answer>`, and only
-    times within the video after `<start>` and `<end>`.
+    temperature: 0 is greedy. top_p: only the most likely tokens that together hold this share. max_tokens: bounds a
+    reply. seed: makes sampling repeatable, within one engine. constrained: behind `<answer>` only the two answers, and
+    only times within the video's length.
     """
 
     temperature: float = 0.0
@@ -31,7 +40,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Question:
-    """What the policy is asked about: one query and one shown video; path is its file, for engines that read it."""
+    """What the policy is asked about: one query and one shown video. path: the file, for engines that read it themselves."""
 
     query: str
     video: VideoFeatures
@@ -42,9 +51,9 @@ class Question:
 class Spoken:
     """The text of one reply.
 
-    token_ids end with `<REFINE>` or the turn-closing token unless a limit cut them (`finished` is False then);
-    token_logps (n,) float32 on the CPU are their log-probabilities at the sampling temperature, before top_p and
-    constraints. matched: log-odds of "matched" against "not_matched" where the answer begins, None where none began.
+    token_ids: n ids, the closing one included. token_logps: (n,) fp32 on the cpu, log-probabilities under the sampling
+    temperature (greedy: under temperature 1). matched: log-odds of "matched" against "not_matched" at the answer token,
+    under temperature 1; None where no answer was begun. finished: False if a limit cut the reply.
     """
 
     token_ids: tuple[int, ...]
@@ -54,7 +63,7 @@ class Spoken:
 
 
 class Speaker(Protocol):
-    """Anything that can speak the policy's text."""
+    """An engine that makes a policy speak."""
 
     def speak(
         self,
@@ -66,10 +75,59 @@ class Speaker(Protocol):
         seeds: Sequence[int] | None = None,
         deadline: float | None = None,
     ) -> list[Spoken]:
-        """One reply for each entry of `owner`, the number of its question, in that order. seeds: one a reply;
-        deadline: a time of `time.monotonic()` at which replies are cut."""
+        """One reply per entry of `owner` (the index of its question), in that order.
+
+        seeds: one per reply, instead of those made from `sampling.seed`. deadline, in `time.monotonic()` seconds: what is
+        not said by then is cut.
+        """
         ...
 
     def sync(self, policy: Policy) -> None:
-        """Speak with the present weights of `policy` from now on."""
+        """Make the engine speak with the policy's present weights."""
         ...
+
+
+@dataclass(frozen=True)
+class AnswerToken:
+    """Where a reply begins its answer: the token's position, and the ids that would begin each of the two answers."""
+
+    position: int
+    matched: int
+    not_matched: int
+
+
+def _first_ids(tokenizer: PreTrainedTokenizerBase, before: str) -> tuple[int, int]:
+    first = [
+        tokenizer(before + answer, add_special_tokens=False)["input_ids"][0] for answer in ("matched", "not_matched")
+    ]
+    return first[0], first[1]
+
+
+def answer_token(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> AnswerToken | None:
+    """Find the token of a reply that begins its answer, the first behind the think block; None if there is none.
+
+    A vocabulary may have merged the tag's last characters with the answer's first (`>not`); then that merged token is the
+    answer token.
+    """
+
+    def said(count: int) -> str:
+        return tokenizer.decode(list(token_ids[:count]), skip_special_tokens=False)
+
+    text = said(len(token_ids))
+    tag = text.find(_TAG, max(text.find("</think>"), 0))
+    if tag < 0:
+        return None
+    end = tag + len(_TAG)
+    low, high = 1, len(token_ids)  # the fewest tokens whose text holds the whole tag
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(said(middle)) >= end else (middle + 1, high)
+    if len(said(low)) == end:
+        return AnswerToken(low, *_first_ids(tokenizer, "")) if low < len(token_ids) else None
+    return AnswerToken(low - 1, *_first_ids(tokenizer, _TAG[len(said(low - 1)) - end :]))
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that `answer_token` may name: what an engine has to report the probability of."""
+    pairs = [_first_ids(tokenizer, _TAG[begin:]) for begin in range(1, len(_TAG) + 1)]
+    return sorted({token for first, second in pairs if first != second for token in (first, second)})

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vsr1.agent import protocol
-from vsr1.agent.constraint import ANSWER_TAG
+from vsr1.agent.allowed import ANSWER_TAG
 from vsr1.agent.generate import (
     OwnSpeaker,
     Prompt,

@@ -13,17 +13,20 @@ that were drawn, and InfoNCE of the query that their means make, over the whole 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vsr1.agent import protocol, rollout
-from vsr1.agent.generate import SoftTokens, soft_tokens
+from vsr1.agent.generate import OwnSpeaker, SoftTokens, soft_tokens
 from vsr1.agent.rollout import Failures, LoopSettings
-from vsr1.agent.speech import Sampling
+from vsr1.agent.speech import Sampling, Speaker
+from vsr1.agent.vllm import VllmSpeaker
 from vsr1.models import backbone
 from vsr1.models.backbone import Row, State
 from vsr1.models.embedder import Embedder
@@ -32,7 +35,7 @@ from vsr1.ops.corpus_scan import info_nce, scan
 from vsr1.ops.linear_logp import linear_logp
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.records import Moment, Trajectory, Turn
-from vsr1.train import rewards
+from vsr1.train import lora, rewards
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 from vsr1.train.losses import AdvantageMode, LossType, group_advantages, latent_loss, policy_loss
@@ -45,8 +48,12 @@ class GrpoTraining:
 
     bootstrapped: share of the queries whose right video is shown first: where the search rarely finds it, rejecting
     everything would otherwise be the best thing to learn. curriculum: share of the steps over which the loop grows from one
-    turn to `turns`. updates: optimiser steps a rollout; from the second on, the policy has moved away from what was sampled,
-    and the ratios say by how much.
+    turn to `turns`. accumulate: soft tokens of earlier turns stay in the query. updates: optimiser steps a rollout; from the
+    second on, the policy has moved away from what was sampled, and the ratios say by how much. validate_every: steps between
+    two looks at held-out queries (0: none).
+
+    speaker: what speaks the text, the own engine or a vLLM server at `vllm_url`. lora_rank: train low-rank adapters of that
+    rank instead of all weights (0); the reference is then the model without them, and no second copy is held.
 
     advantage: how the rewards of a query's group are compared (dr_grpo and leave-one-out estimates want no division by the
     deviation: "mean", "leave_one_out"); dr_grpo divides by `max_tokens`. Groups without variance teach nothing and are
@@ -67,6 +74,10 @@ class GrpoTraining:
     group: int = 8
     turns: int = 3
     curriculum: float = 0.0
+    validate_every: int = 10
+    speaker: Literal["own", "vllm"] = "own"
+    vllm_url: str = "http://localhost:8000"
+    lora_rank: int = 0
     accumulate: bool = False
     updates: int = 1
     sampling_temperature: float = 1.0
@@ -116,9 +127,13 @@ def train_grpo(
     settings: GrpoTraining,
     seed: int,
     keeper: Keeper,
+    validate: Callable[[], dict[str, float]] | None = None,
 ) -> None:
-    """Train `policy` on `moments` against the corpus `shelf`; the policy it starts from is the reference of the KL."""
-    reference = _frozen_copy(policy)
+    """Train `policy` on `moments` against the corpus `shelf`; the policy it starts from is the reference of the KL.
+    `validate` gives numbers to log every `validate_every` steps."""
+    tuner = lora.adapt(policy, settings.lora_rank) if settings.lora_rank else None
+    reference = frozen_copy(policy) if tuner is None else lora.without(policy, tuner)
+    speaker: Speaker = OwnSpeaker() if settings.speaker == "own" else VllmSpeaker(settings.vllm_url)
     failures = Failures()
     latest: list[Rolled] = []
 
@@ -139,7 +154,10 @@ def train_grpo(
         first = [moment.video_id if rng.random() < settings.bootstrapped else None for moment in asked]
         policy.eval()
         read = policy.videos.misses
-        found = rollout.run(policy, embedder, shelf, asked, settings=loop, first=first, failures=failures)
+        speaker.sync(policy)
+        found = rollout.run(
+            policy, embedder, shelf, asked, settings=loop, first=first, speaker=speaker, failures=failures
+        )
         groups = torch.arange(len(pick)).repeat_interleave(settings.group)
         alive = [place for place, one in enumerate(found) if one.stop != "failed"]
         kept = [found[place] for place in alive]
@@ -151,22 +169,31 @@ def train_grpo(
             latest[:] = [roll_out(index)]
         (rolled,) = latest
         numbers = dict(rolled.numbers)
+        if validate is not None and settings.validate_every and index % settings.validate_every == 0:
+            numbers |= validate()
         packs = pack(rolled, policy, shelf, settings)
         if not packs:
             return None, numbers
         return losses(policy, reference, embedder, shelf, packs, settings, numbers), numbers
 
-    groups = trainable(policy, settings.head_learning_rate)
+    groups = trainable(policy, settings.head_learning_rate, adapters=tuner is not None)
     train("grpo", policy, groups, step, settings.optimisation, keeper, log_every=1, save_at=settings.updates)
+    if tuner is not None:
+        lora.merge(policy, tuner)
     policy.requires_grad_(False)
 
 
-def _frozen_copy(policy: Policy) -> Policy:
+Reference = Callable[[], AbstractContextManager[Policy]]
+"""The policy that the KL is measured from; it stands as long as the context is open."""
+
+
+def frozen_copy(policy: Policy) -> Reference:
     """A second policy with the same weights that never learns; the vision tower stays shared."""
     model = copy.deepcopy(policy.model)
     model.model.visual = policy.videos.visual
     twin = Policy(model, policy.tokenizer, policy.videos, policy.settings, copy.deepcopy(policy.head))
-    return twin.eval().requires_grad_(False)
+    twin.eval().requires_grad_(False)
+    return lambda: nullcontext(twin)
 
 
 @dataclass(frozen=True)
@@ -220,15 +247,10 @@ def judge(found: Sequence[Trajectory], shelf: Shelf, settings: GrpoTraining, gro
         | {
             "reward": float(np.mean(totals)),
             "groups_with_variance": float(varied.float().mean()),
-            "accepted_right": float(np.mean([_right(one) for one in found])),
-            "turns": float(np.mean([len(one.turns) for one in found])),
             "retrieval_variance": float(torch.stack(spread).mean()) if spread else 0.0,
-        },
+        }
+        | rewards.progress(found),
     )
-
-
-def _right(one: Trajectory) -> bool:
-    return one.accepted is not None and one.accepted.video_id == one.moment.video_id
 
 
 def retrieval_probability(queries: Tensor, moments: Sequence[Moment], shelf: Shelf, temperature: float) -> Tensor:
@@ -305,7 +327,7 @@ def pack(rolled: Rolled, policy: Policy, shelf: Shelf, settings: GrpoTraining) -
 
 def losses(
     policy: Policy,
-    reference: Policy,
+    reference: Reference,
     embedder: Embedder,
     shelf: Shelf,
     packs: Sequence[Pack],
@@ -334,7 +356,7 @@ class Totals:
 
 def _loss(
     policy: Policy,
-    reference: Policy,
+    reference: Reference,
     embedder: Embedder,
     shelf: Shelf,
     one: Pack,
@@ -347,8 +369,8 @@ def _loss(
     stats: dict[str, float] = {}
     learned = torch.tensor([reply.text_advantage != 0 for reply in one.replies], device=logps.device)
     if bool(learned.any()):
-        with torch.no_grad():
-            reference_logps, _, _ = _read(reference, one, settings)
+        with torch.no_grad(), reference() as frozen:
+            reference_logps, _, _ = _read(frozen, one, settings)
         lengths = torch.tensor([len(reply.turn.token_ids) for reply in one.replies], device=logps.device)
         mask = (torch.arange(logps.shape[1], device=logps.device) < lengths[:, None]) & learned[:, None]
         old = torch.nn.utils.rnn.pad_sequence([reply.turn.token_logps for reply in one.replies], batch_first=True)

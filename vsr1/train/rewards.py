@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vsr1.errors import ConfigError
-from vsr1.records import Moment, Trajectory, Turn
+from vsr1.records import Moment, Reply, Trajectory, Turn
 
 RETRIEVAL_TEMPERATURE = 0.1
 """Temperature of the softmax over the corpus, the one the contrastive training loss uses."""
@@ -64,11 +64,31 @@ def time_iou(trajectory: Trajectory, context: RewardContext) -> float:
         return 0.0
     if reply.answer == "not_matched":
         return 0.5 if reply.start is None and reply.end is None else 0.0
-    start, end = _true_span(trajectory.moment)
+    return overlap(reply, trajectory.moment)
+
+
+def overlap(reply: Reply, moment: Moment) -> float:
+    """Temporal IoU of a reply's span with the true one; 0 for a span that is incomplete or not longer than 0 s. Raises
+    ValueError if the true span is unknown."""
+    start, end = _true_span(moment)
     if reply.start is None or reply.end is None or reply.end <= reply.start:
         return 0.0
     shared = max(0.0, min(end, reply.end) - max(start, reply.start))
     return shared / ((end - start) + (reply.end - reply.start) - shared)
+
+
+def progress(found: Sequence[Trajectory]) -> dict[str, float]:
+    """How trajectories fare, for the log: vcmr (share that accepted the right video with a span of IoU 0.5 or more), ver
+    (right answers among all), accepted_right, turns."""
+    accepted = [one for one in found if one.accepted is not None and one.accepted.video_id == one.moment.video_id]
+    grounded = [one for one in accepted if overlap(one.turns[-1].reply, one.moment) >= 0.5]
+    answers = [answer_is_right(turn, one.moment) for one in found for turn in one.turns]
+    return {
+        "vcmr": len(grounded) / len(found),
+        "ver": sum(answers) / len(answers),
+        "accepted_right": len(accepted) / len(found),
+        "turns": sum(len(one.turns) for one in found) / len(found),
+    }
 
 
 def refine_presence(trajectory: Trajectory, context: RewardContext) -> float:
@@ -171,10 +191,14 @@ def _final_turn(trajectory: Trajectory) -> Turn:
 
 
 def _answer_is_right(trajectory: Trajectory) -> bool:
-    turn, truth = _final_turn(trajectory), trajectory.moment.video_id
-    if truth is None:
-        raise ValueError(f"query '{trajectory.moment.query_id}' has no known video to compare with")
-    return turn.reply.answer == ("matched" if turn.video_id == truth else "not_matched")
+    return answer_is_right(_final_turn(trajectory), trajectory.moment)
+
+
+def answer_is_right(turn: Turn, moment: Moment) -> bool:
+    """Whether the verdict is `matched` exactly when the true video is shown; ValueError where that is not known."""
+    if moment.video_id is None:
+        raise ValueError(f"query '{moment.query_id}' has no known video to compare with")
+    return turn.reply.answer == ("matched" if turn.video_id == moment.video_id else "not_matched")
 
 
 def _true_span(moment: Moment) -> tuple[float, float]:

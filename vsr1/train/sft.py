@@ -198,10 +198,14 @@ def train_sft(
     policy.requires_grad_(False)
 
 
-def trainable(policy: Policy, head_learning_rate: float) -> list[dict[str, Any]]:
-    """Switch gradients on for everything but the vision tower; AdamW groups with the refine head's own rate."""
+def trainable(policy: Policy, head_learning_rate: float, *, adapters: bool = False) -> list[dict[str, Any]]:
+    """Switch gradients on for everything but the vision tower, or of the model only for its `adapters`; AdamW groups with
+    the refine head's own rate."""
     policy.requires_grad_(True)
     policy.videos.visual.requires_grad_(False)
+    if adapters:
+        for name, parameter in policy.model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
     model = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     return [{"params": model}, {"params": list(policy.head.parameters()), "lr": head_learning_rate}]
 
