@@ -69,8 +69,8 @@ def quick() -> RunConfig:
         vision=VisionTraining(optimisation=few(8), videos=32, pairs=48),
         embedder=EmbedderTraining(optimisation=few(8), batch=12),
         sft=SftTraining(optimisation=few(12), batch=8, refine_rows=4, refine_from=0.4, contrast_from=0.6),
-        grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2, max_tokens=32),
-        evaluation=EvaluationSettings(queries=8, turns=2, max_tokens=40, resamples=200),
+        grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2, max_tokens=32, validation_queries=4),
+        evaluation=EvaluationSettings(queries=8, turns=2, max_tokens=40, resamples=200, calibration=4),
     )
 
 
@@ -170,12 +170,15 @@ _ABOVE_ZERO = (
         "grpo.head_learning_rate",
         "grpo.sampling_temperature",
         "grpo.temperature",
+        "grpo.updates",
+        "grpo.pack_tokens",
     ),
     *("evaluation.turns", "evaluation.max_tokens", "evaluation.resamples"),
 )
 _NOT_BELOW_ZERO = (
-    *("seed", "workers", "evaluation.queries"),
-    *("grpo.sigma", "grpo.beta", "grpo.latent_weight", "grpo.clip_high"),
+    *("seed", "workers", "evaluation.queries", "evaluation.calibration"),
+    *("grpo.sigma", "grpo.beta", "grpo.latent_weight", "grpo.contrast_weight", "grpo.clip_high"),
+    *("grpo.validate_every", "grpo.validation_queries", "grpo.lora_rank"),
     *("sft.answer_weight", "sft.mark_weight", "sft.distillation_weight", "sft.contrast_weight"),
     *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay", "muon")),
 )
@@ -204,6 +207,8 @@ def check(config: RunConfig) -> None:
     need("grpo.bootstrapped", "from 0 to 1", lambda value: 0 <= value <= 1)
     need("grpo.group", "at least 2 for an advantage within the group", lambda value: value >= 2)
     need("grpo.clip_low", "from 0 to 1", lambda value: 0 <= value <= 1)
+    need("grpo.curriculum", "from 0 to 1", lambda value: 0 <= value <= 1)
+    need("grpo.top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
     for name, weight in config.grpo.rewards.items():
         if not math.isfinite(weight):
             raise ConfigError(f"'grpo.rewards' must be finite numbers, got {weight} for '{name}'")

@@ -21,17 +21,21 @@ from typing import TypeVar
 import torch
 
 from vsr1 import config as configuration
+from vsr1.agent import rollout
+from vsr1.agent.rollout import LoopSettings
+from vsr1.agent.speech import Sampling
 from vsr1.config import STAGES, RunConfig
 from vsr1.corpus import Corpus
 from vsr1.data.vocabulary import all_words
 from vsr1.data.world import World, build
 from vsr1.errors import ConfigError, Vsr1Error
-from vsr1.eval import metrics
+from vsr1.eval import calibration, metrics
 from vsr1.eval.evaluate import Evaluation, as_json, evaluate
 from vsr1.eval.report import write_report
 from vsr1.models.embedder import INSTRUCTION, Embedder
 from vsr1.models.policy import SHORT_SYSTEM, Policy
 from vsr1.models.tokenizer import train_tokenizer
+from vsr1.records import Moment
 from vsr1.train.checkpoint import publish
 from vsr1.train.embedder import train_embedder
 from vsr1.train.grpo import train_grpo
@@ -230,6 +234,7 @@ class Job:
             torch.manual_seed(self.config.seed)
             policy = Policy.tiny(embedder, soft_tokens=self.config.model.soft_tokens).to(self.device)
             train_sft(policy, embedder, self.world(), shelf, self.config.sft, self.config.seed, self.keeper)
+            self._calibrate(policy, embedder)
             return policy
 
         self._policy("policy-sft", embedder, make)
@@ -245,10 +250,47 @@ class Job:
             known = set(shelf.video_ids)
             queries = self.world().queries("train", fold="policy")
             moments = [query.moment for query in queries if query.moment.video_id in known]
-            train_grpo(policy, embedder, moments, shelf, self.config.grpo, self.config.seed, self.keeper)
+            validate = self._validation(policy, embedder)
+            train_grpo(policy, embedder, moments, shelf, self.config.grpo, self.config.seed, self.keeper, validate)
+            self._calibrate(policy, embedder)
             return policy
 
         self._policy("policy-grpo", embedder, make)
+
+    def _held_out(self, embedder: Embedder, count: int) -> tuple[list[Moment], Shelf]:
+        """At most `count` queries of the validation split, and the corpus of its videos."""
+        world = self.world()
+        shelf = self.corpus("validation", embedder, [scene.video_id for scene in world.scenes("validation")])
+        return [query.moment for query in world.queries("validation")][:count], shelf
+
+    def _calibrate(self, policy: Policy, embedder: Embedder) -> None:
+        """Fit the policy's probabilities on held-out queries, so that they mean what they say."""
+        moments, shelf = self._held_out(embedder, self.config.evaluation.calibration)
+        sampling = Sampling(max_tokens=self.config.evaluation.max_tokens)
+        loop = LoopSettings(turns=2, refinement="none", sampling=sampling, batch=128)
+        with self.monitor.phase("calibrate", len(moments)) as phase:
+            policy.eval()
+            found = rollout.run(policy, embedder, shelf, moments, settings=loop, progress=phase.update)
+        scale, offset = calibration.fit(*calibration.pairs(found)) if found else (1.0, 0.0)
+        policy.settings = dataclasses.replace(policy.settings, calibration=(scale, offset))
+
+    def _validation(self, policy: Policy, embedder: Embedder) -> Callable[[], dict[str, float]] | None:
+        """What stage 2 watches while it trains: the loop on held-out queries, greedy, as it will be evaluated."""
+        settings = self.config.grpo
+        moments, shelf = self._held_out(embedder, settings.validation_queries)
+        if not moments:
+            return None
+        sampling = Sampling(max_tokens=self.config.evaluation.max_tokens)
+        loop = LoopSettings(turns=settings.turns, accumulate=settings.accumulate, sampling=sampling, batch=128)
+
+        def validate() -> dict[str, float]:
+            found = rollout.run(policy, embedder, shelf, moments, settings=loop)
+            figures = {f"refine_gain_{turn}": gain for turn, (gain, _) in metrics.refine_gains(found).items()}
+            figures |= {"vcmr": metrics.vcmr(found)["0.5"], "ver": metrics.verification(found)["ver"]}
+            figures["R@1"] = metrics.retrieval(found)["R@1"]
+            return {f"held_out_{name}": value for name, value in figures.items()}
+
+        return validate
 
     def _policy(self, name: str, embedder: Embedder, make: Callable[[], Policy]) -> Policy:
         def load(path: Path) -> Policy:

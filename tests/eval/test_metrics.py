@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,8 @@ def turn(
 def trajectory(
     turns: list[Turn], final_rank: int | None, stop: Any, *, query: str = "q", truth: Any = ("v0", 2.0, 8.0)
 ) -> Trajectory:
-    return Trajectory(Moment(query, "text", *truth, 10.0), tuple(turns), VECTOR, final_rank, stop)
+    numbered = tuple(replace(one, number=place) for place, one in enumerate(turns, 1))
+    return Trajectory(Moment(query, "text", *truth, 10.0), numbered, VECTOR, final_rank, stop)
 
 
 seconds = st.integers(0, 20).map(lambda n: n / 2)

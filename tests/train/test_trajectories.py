@@ -50,7 +50,8 @@ def turn(video: str, answer: Any, query: Tensor, refined: bool = False, **change
 
 
 def path(video: str, turns: list[Turn], final: Tensor, stop: Any = "turns") -> Trajectory:
-    return Trajectory(Moment(f"q-{video}", "text", video, 1.0, 3.0, 9.0), tuple(turns), final, 1, stop)
+    numbered = tuple(replace(one, number=place) for place, one in enumerate(turns, 1))
+    return Trajectory(Moment(f"q-{video}", "text", video, 1.0, 3.0, 9.0), numbered, final, 1, stop)
 
 
 def probability(query: Tensor, row: int, temperature: float) -> float:

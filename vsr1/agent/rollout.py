@@ -286,19 +286,25 @@ class _Loop:
             for one, rank in zip(moved, ranks.tolist(), strict=True):
                 one.rank = rank
         if self.settings.fall_back:
-            for one in ended:
-                if one.stop in (None, "limit"):
-                    one.fallback = self._fall_back(one, asking)
+            self._fall_back([one for one in ended if one.stop in (None, "limit")], asking)
         return ended
 
-    def _fall_back(self, one: _Open, asking: Asking) -> Turn | None:
-        best = max(one.turns, key=lambda turn: turn.probability or 0.0, default=None)
-        if best is None or best.probability is None:
-            return None
-        path = Path(self.corpus.path(best.video_id))
-        (video,) = self.policy.videos.encode_all([path])
-        pair = Pair(one.moment, best.video_id, video, path, 0, asking.sampling.max_tokens)
-        return replace(best, reply=ground(self.policy, pair, best, asking))
+    def _fall_back(self, ended: Sequence[_Open], asking: Asking) -> None:
+        """Answer with the video most probably right, with a span, where a turn gave a probability at all."""
+        best: list[tuple[_Open, Turn]] = []
+        for one in ended:
+            told = [turn for turn in one.turns if turn.probability is not None]
+            if told:
+                best.append((one, max(told, key=lambda turn: turn.probability or 0.0)))
+        paths = [Path(self.corpus.path(turn.video_id)) for _, turn in best]
+        videos = self.policy.videos.encode_all(paths)
+        pairs = [
+            Pair(one.moment, turn.video_id, video, path, 0, asking.sampling.max_tokens)
+            for (one, turn), video, path in zip(best, videos, paths, strict=True)
+        ]
+        replies = ground(self.policy, pairs, [turn for _, turn in best], asking)
+        for (one, turn), reply in zip(best, replies, strict=True):
+            one.fallback = replace(turn, reply=reply)
 
     def _search(self, active: Sequence[_Open], number: int, asking: Asking) -> list[_Look]:
         """One sweep for every open trajectory: the videos to verify."""

@@ -228,15 +228,17 @@ def rewriting_text(policy: Policy, token_ids: Sequence[int]) -> str:
     return text.removesuffix(policy.settings.rewriting[1]).strip()
 
 
-def ground(policy: Policy, pair: Pair, turn: Turn, asking: Asking) -> Reply:
-    """What the policy says of a video it has rejected if it has to accept it: the same thoughts, "matched", and a span."""
-    thoughts = turn.text.split(ANSWER_TAG)[0]
-    begun = f"{thoughts}{ANSWER_TAG}matched</answer><start>"
-    prompt = _begun(policy, Question(pair.moment.text, pair.video, pair.path), begun)
+def ground(policy: Policy, pairs: Sequence[Pair], turns: Sequence[Turn], asking: Asking) -> list[Reply]:
+    """What the policy says of videos it has rejected if it has to accept them: the same thoughts, "matched", and a span."""
+    begun = [f"{turn.text.split(ANSWER_TAG)[0]}{ANSWER_TAG}matched</answer><start>" for turn in turns]
+    prompts = [
+        _begun(policy, Question(pair.moment.text, pair.video, pair.path), text)
+        for pair, text in zip(pairs, begun, strict=True)
+    ]
     sampling = replace(asking.sampling, temperature=0.0, constrained=True, max_tokens=24)
-    ((_, said),) = generate(policy, [prompt], [0], sampling, stop="</end>")
-    text = begun + policy.text(said.spoken.token_ids)
-    return protocol.parse(text, duration=pair.video.duration)
+    found = generate(policy, prompts, range(len(prompts)), sampling, stop="</end>", deadline=asking.deadline)
+    texts = [begun[place] + policy.text(said.spoken.token_ids) for place, said in sorted(found, key=lambda one: one[0])]
+    return [protocol.parse(text, duration=pair.video.duration) for text, pair in zip(texts, pairs, strict=True)]
 
 
 def _begun(policy: Policy, question: Question, text: str) -> Prompt:

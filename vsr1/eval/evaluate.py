@@ -8,7 +8,7 @@ policy made before a blank or another video.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,32 +17,38 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vsr1.agent import rollout
-from vsr1.agent.rollout import Library, LoopSettings, Refinement, Verdict
-from vsr1.eval import metrics
+from vsr1.agent.rollout import Library, LoopSettings
+from vsr1.agent.speech import Sampling
+from vsr1.agent.verdict import Memo
+from vsr1.eval import calibration, metrics
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.ops.corpus_scan import CorpusMatrix, scan
 from vsr1.records import Moment, Trajectory
 
 METHOD = "refinement + exclusion"
-CONTROLS: dict[str, tuple[Refinement, bool]] = {
-    "exclusion only": ("none", True),
-    "refinement only": ("soft", False),
-    "no refinement": ("none", False),
-    "random soft tokens": ("random", True),
-    "blank video": ("blank", True),
-    "shuffled video": ("shuffled", True),
+CONTROLS: dict[str, dict[str, Any]] = {
+    "exclusion only": {"refinement": "none"},
+    "refinement only": {"exclude": False},
+    "no refinement": {"refinement": "none", "exclude": False},
+    "random soft tokens": {"refinement": "random"},
+    "blank video": {"refinement": "blank"},
+    "shuffled video": {"refinement": "shuffled"},
+    "refinement in words": {"refinement": "hard"},
+    "accumulated soft tokens": {"accumulate": True},
 }
 
 
 @dataclass
 class EvaluationSettings:
-    """turns of the loop; at most this many queries (0 for all), tokens a reply, bootstrap resamples."""
+    """turns of the loop; at most this many queries (0 for all), tokens a reply, bootstrap resamples; calibration: held-out
+    queries on which the probabilities of a policy are calibrated (0: they are not)."""
 
     turns: int = 3
     queries: int = 500
     max_tokens: int = 96
     resamples: int = 2000
+    calibration: int = 200
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,13 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Run the method and every control on `moments` (greedy replies) and measure them."""
-    conditions: dict[str, tuple[Refinement, bool]] = {METHOD: ("soft", True), **CONTROLS}
+    conditions: dict[str, dict[str, Any]] = {METHOD: {"fall_back": True}, **CONTROLS}
     # a greedy verdict depends on the pair alone, not on how the loop searches: each pair is asked once for all conditions
-    memo: dict[tuple[str, str], Verdict] = {}
+    memo: Memo = {}
     runs: dict[str, list[Trajectory]] = {}
-    for number, (name, (refinement, exclude)) in enumerate(conditions.items()):
-        loop = LoopSettings(turns=settings.turns, refinement=refinement, exclude=exclude, batch=128)
-        loop = replace(loop, sampling=replace(loop.sampling, seed=seed, max_tokens=settings.max_tokens))
+    sampling = Sampling(seed=seed, max_tokens=settings.max_tokens)
+    for number, (name, options) in enumerate(conditions.items()):
+        loop = LoopSettings(turns=settings.turns, sampling=sampling, batch=128, **options)
 
         def tell(done: int, total: int, before: int = number) -> None:
             if progress is not None:
@@ -84,7 +90,7 @@ def evaluate(
     # the controls are compared on the queries that none of them failed
     failed = {index for found in runs.values() for index, one in enumerate(found) if one.stop == "failed"}
     runs = {name: [one for index, one in enumerate(found) if index not in failed] for name, found in runs.items()}
-    found = {name: hits(runs[name], matrix, rows, exclude) for name, (_, exclude) in conditions.items()}
+    found = {name: hits(runs[name], matrix, rows, options.get("exclude", True)) for name, options in conditions.items()}
     wrong = np.array([one.turns[0].rank != 1 for one in runs[METHOD]])
     second = {name: found_second(kept) for name, kept in runs.items()}
     figures["ablations"] = {
@@ -94,6 +100,13 @@ def evaluate(
             "vcmr": metrics.summary(kept, settings.turns, settings.resamples)["vcmr"],
         }
         for name, kept in runs.items()
+    }
+    words = metrics.summary(runs["refinement in words"], settings.turns, settings.resamples)
+    figures["tokens"]["hard"] = words["tokens"]["hard"]
+    figures["calibration"] = {
+        "scale": policy.settings.calibration[0],
+        "offset": policy.settings.calibration[1],
+        **calibration.errors(trajectories),
     }
     figures["refinement_gain"] = {
         name: metrics.paired(second[METHOD][wrong], second[name][wrong], settings.resamples).as_dict()
@@ -172,12 +185,20 @@ def as_json(one: Trajectory) -> dict[str, Any]:
         "failure": one.failure,
         "first_rank": one.turns[0].rank if one.turns else None,
         "final_rank": one.final_rank,
+        "fallback": None
+        if one.fallback is None
+        else {
+            "video_id": one.fallback.video_id,
+            "start": one.fallback.reply.start,
+            "end": one.fallback.reply.end,
+        },
         "turns": [
             {
                 "video_id": turn.video_id,
                 "score": turn.score,
                 "rank": turn.rank,
                 "answer": turn.reply.answer,
+                "probability": turn.probability,
                 "start": turn.reply.start,
                 "end": turn.reply.end,
                 "text": turn.text,

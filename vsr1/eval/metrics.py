@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from vsr1.records import Moment, Trajectory
+from vsr1.records import Moment, Trajectory, Turn
 
 Span = tuple[float, float]
 Floats = NDArray[np.float64]
@@ -57,10 +57,11 @@ def per_query(
 ) -> dict[str, Floats]:
     """One number a query and metric, over the trajectories that did not fail, in their order.
 
-    Keys: `before R@k`, `after R@k`, `before MRR`, `after MRR`, `vcmr θ`, `ver`, `ver_turn1`, `ver_final`,
-    `unparsable`, `mean_iou`, `text`, `soft`, and the weights `turns` and `refinements`; each value is (N,) float64.
-    `turns` cuts every trajectory after that many turns, as if the loop had been that long; the `after` figures and
-    `soft` are left out then, because the queries of a shorter loop were not run.
+    Keys: `before R@k`, `after R@k`, `before MRR`, `after MRR`, `vcmr θ`, `answered θ` (vcmr with the answers fallen back
+    on), `ver`, `ver_turn1`, `ver_final`, `unparsable`, `mean_iou`, `text`, `soft`, `hard` (tokens of a refinement in
+    words), and the weights `turns` and `refinements`; each value is (N,) float64. `turns` cuts every trajectory after that
+    many turns, as if the loop had been that long; the `after` figures, `answered`, `soft` and `hard` are left out then,
+    because the queries of a shorter loop were not run.
 
     Raises ValueError where a trajectory lacks its truth, a rank or any turn, or where none is left.
     """
@@ -87,16 +88,22 @@ def per_query(
         values[f"vcmr {threshold:g}"] = (overlaps >= threshold).astype(np.float64)
     values["mean_iou"] = overlaps
 
-    right = [[_answer_is_right(t, i) for i in range(len(t.turns[:turns]))] for t in kept]
+    seen = [[turn for turn in t.turns if turns is None or turn.number <= turns] for t in kept]
+    right = [[_answer_is_right(t, turn) for turn in shown] for t, shown in zip(kept, seen, strict=True)]
     values["ver"] = np.array([np.mean(row) for row in right])
     values["ver_turn1"] = np.array([row[0] for row in right], dtype=np.float64)
     values["ver_final"] = np.array([row[-1] for row in right], dtype=np.float64)
-    values["unparsable"] = np.array([np.mean([turn.reply.answer is None for turn in t.turns[:turns]]) for t in kept])
-    values["text"] = np.array([np.mean([len(turn.token_ids) for turn in t.turns[:turns]]) for t in kept])
+    values["unparsable"] = np.array([np.mean([turn.reply.answer is None for turn in shown]) for shown in seen])
+    values["text"] = np.array([np.mean([len(turn.token_ids) for turn in shown]) for shown in seen])
     values["turns"] = np.array([len(row) for row in right], dtype=np.float64)
     if turns is None:
         soft = [[len(turn.actions) for turn in t.turns if turn.actions is not None] for t in kept]
         values["soft"] = np.array([np.mean(row) if row else math.nan for row in soft])
+        hard = [[len(turn.rewriting) for turn in t.turns if turn.rewriting] for t in kept]
+        values["hard"] = np.array([np.mean(row) if row else math.nan for row in hard])
+        fallen = np.array([_fallback_iou(t) for t in kept])
+        for threshold in thresholds:
+            values[f"answered {threshold:g}"] = (np.fmax(overlaps, fallen) >= threshold).astype(np.float64)
         values["refinements"] = np.array([len(row) for row in soft], dtype=np.float64)
     return values
 
@@ -111,15 +118,37 @@ def _check(trajectory: Trajectory) -> None:
         raise ValueError(f"{name} has a true video but no rank: was the rollout run without the truth?")
 
 
-def _answer_is_right(trajectory: Trajectory, turn: int) -> bool:
-    shown = trajectory.turns[turn]
+def _answer_is_right(trajectory: Trajectory, shown: Turn) -> bool:
     return shown.reply.answer == ("matched" if shown.video_id == trajectory.moment.video_id else "not_matched")
+
+
+def _fallback_iou(trajectory: Trajectory) -> float:
+    """As `_accepted_iou`, of the answer that was fallen back on."""
+    fallback, moment = trajectory.fallback, trajectory.moment
+    if fallback is None or fallback.video_id != moment.video_id or moment.start is None or moment.end is None:
+        return math.nan
+    reply = fallback.reply
+    return (
+        0.0 if reply.start is None or reply.end is None else iou((reply.start, reply.end), (moment.start, moment.end))
+    )
+
+
+def refine_gains(trajectories: Sequence[Trajectory]) -> dict[int, tuple[float, int]]:
+    """What refining earned at each turn: the mean change of the true video's reciprocal rank from the turn's query to the
+    next one, over the trajectories that refined there, and how many these are."""
+    gains: dict[int, list[float]] = {}
+    for one in trajectories:
+        following = [*(turn.rank for turn in one.turns[1:]), one.final_rank]
+        for turn, after in zip(one.turns, following, strict=True):
+            if turn.actions is not None and turn.rank and after and one.stop != "failed":
+                gains.setdefault(turn.number, []).append(1 / after - 1 / turn.rank)
+    return {number: (float(np.mean(found)), len(found)) for number, found in sorted(gains.items())}
 
 
 def _accepted_iou(trajectory: Trajectory, turns: int | None) -> float:
     """IoU of the accepted span if the accepted video is the right one; 0 without a parsed span; NaN otherwise."""
     accepted, moment = trajectory.accepted, trajectory.moment
-    if accepted is None or (turns is not None and len(trajectory.turns) > turns):
+    if accepted is None or (turns is not None and accepted.number > turns):
         return math.nan
     reply = accepted.reply
     if reply.answer != "matched" or accepted.video_id != moment.video_id:
@@ -287,7 +316,11 @@ def summary(trajectories: Sequence[Trajectory], turns: int = 3, n: int = 2000, s
         "vcmr": {key: found[f"vcmr {key}"] for key in keys},
         "vcmr_one_turn": by_turns[0]["vcmr"],
         **{name: found[name] for name in ("ver", "ver_turn1", "ver_final", "unparsable", "mean_iou")},
-        "tokens": {name: found[name] for name in ("text", "soft")},
+        "answered": {key: found[f"answered {key}"] for key in keys},
+        "tokens": {name: found[name] for name in ("text", "soft", "hard")},
+        "refine_gain": [
+            {"turn": turn, "mrr": gain, "refined": count} for turn, (gain, count) in refine_gains(trajectories).items()
+        ],
         "by_turns": by_turns,
     }
 

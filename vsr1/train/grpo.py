@@ -50,7 +50,7 @@ class GrpoTraining:
     everything would otherwise be the best thing to learn. curriculum: share of the steps over which the loop grows from one
     turn to `turns`. accumulate: soft tokens of earlier turns stay in the query. updates: optimiser steps a rollout; from the
     second on, the policy has moved away from what was sampled, and the ratios say by how much. validate_every: steps between
-    two looks at held-out queries (0: none).
+    two looks at `validation_queries` held-out queries (0: none).
 
     speaker: what speaks the text, the own engine or a vLLM server at `vllm_url`. lora_rank: train low-rank adapters of that
     rank instead of all weights (0); the reference is then the model without them, and no second copy is held.
@@ -75,6 +75,7 @@ class GrpoTraining:
     turns: int = 3
     curriculum: float = 0.0
     validate_every: int = 10
+    validation_queries: int = 64
     speaker: Literal["own", "vllm"] = "own"
     vllm_url: str = "http://localhost:8000"
     lora_rank: int = 0
