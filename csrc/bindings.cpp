@@ -7,6 +7,7 @@
 
 #include "vsr1/corpus_scan.h"
 #include "vsr1/linear_logp.h"
+#include "vsr1/prefix.h"
 #include "vsr1/soft_query.h"
 
 namespace py = pybind11;
@@ -119,6 +120,24 @@ void logits_to_gradient(
     vsr1::logits_to_gradient(tile, gradient);
 }
 
+// Sizes in the order of PrefixTask, behind them the keys of prefix and suffix; arrays: q, both keys and values, owner, both masks;
+// strides: of the same but the owner.
+void prefix_attention(
+    bool bfloat16, std::array<int64_t, 8> sizes, std::array<uintptr_t, 8> arrays,
+    std::array<std::array<int64_t, 3>, 7> strides, float scale, int threads, uintptr_t out, uintptr_t lse) {
+    const auto [rows, query_heads, key_heads, queries, width, prefixes, prefix, suffix] = sizes;
+    const auto array = [&](int i) { return pointer<const void>(arrays[i]); };
+    const auto mask = [&](int i) { return pointer<const bool>(arrays[i]); };
+    const vsr1::PrefixTask task{
+        bfloat16, rows, query_heads, key_heads, queries, width, prefixes, array(0), strides[0], pointer<const int64_t>(arrays[5]),
+        {array(1), array(2), strides[1], strides[2], prefix, mask(6), strides[5]},
+        {array(3), array(4), strides[3], strides[4], suffix, mask(7), strides[6]},
+        scale, threads,
+    };
+    const py::gil_scoped_release release;
+    vsr1::prefix_attention(task, {pointer<void>(out), pointer<float>(lse)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -151,6 +170,9 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "logits_to_gradient", &logits_to_gradient, py::arg("tile"), py::kw_only(), py::arg("lse"), py::arg("upstream"),
         py::arg("slope"), py::arg("entropy"));
+    module.def(
+        "prefix_attention", &prefix_attention, py::arg("bfloat16"), py::arg("sizes"), py::arg("arrays"), py::arg("strides"),
+        py::arg("scale"), py::arg("threads"), py::arg("out"), py::arg("lse"));
     module.def("isas", &vsr1::isas, "Instruction sets this processor has, best first");
     module.def("isa", &vsr1::isa, "The instruction set in use");
     module.def("use_isa", &vsr1::use_isa, py::arg("name"), "Use another one of isas()");

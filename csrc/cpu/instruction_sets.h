@@ -58,6 +58,19 @@ struct Bound {
     float per_scale;      // 127 x the sum of what the integers leave of the query
 };
 
+// Keys and values that queries meet one after the other, strides in elements; mask null: all may be seen.
+struct KeyRun {
+    const void* k;
+    const void* v;
+    int64_t k_stride;
+    int64_t v_stride;
+    int64_t count;
+    int64_t width;
+    bool bfloat16;
+    const bool* mask;
+    int64_t mask_stride;
+};
+
 struct LogitTile;
 struct RowSums;
 struct RowGradient;
@@ -97,6 +110,12 @@ struct Kernels {
     // One row of linear_logp's tile, forward and backward (vsr1/linear_logp.h).
     void (*add_logits)(const LogitTile&, const RowSums&, int64_t row) = nullptr;
     void (*differentiate_logits)(const LogitTile&, const RowGradient&, int64_t row) = nullptr;
+
+    // Softmax over a run of keys, going on from what the queries have met before: the highest score, and relative to it the sum of
+    // the weights and of the weighted values. Queries (width of a head, width lanes) and sums lie across the lanes of 1 or 2 registers;
+    void (*meet_many)(int64_t width, const float* queries, const KeyRun&, float* peak, float* total, float* sums) = nullptr;
+    // or one query along its components, filled up with zeros to a register.
+    void (*meet_alone)(const float* query, const KeyRun&, float& peak, float& total, float* sum) = nullptr;
 
     // Where component d of a query, or of `expected`, lies: bfloat16 rows are read as even and odd components.
     int64_t position(int64_t d, bool bfloat16) const {

@@ -24,6 +24,7 @@
 
 #include "instruction_sets.h"
 #include "vsr1/linear_logp.h"
+#include "vsr1/prefix.h"
 
 // Keeps the compiler from reading a value again and again from memory, where the loads of a tile would outnumber its products.
 #if defined(__x86_64__)
@@ -448,6 +449,7 @@ VSR1_TARGET static double score_exactly(const float* query, const void* row, int
 #include "many.inl"
 #include "weighted_sum.inl"
 #include "linear_logp.inl"
+#include "prefix.inl"
 
 const Kernels kKernels = {
     .lanes = kLanes,
@@ -466,6 +468,8 @@ const Kernels kKernels = {
     .score_exactly = score_exactly,
     .add_logits = add_logits,
     .differentiate_logits = differentiate_logits,
+    .meet_many = meet_many,
+    .meet_alone = meet_alone,
 };
 
 }  // namespace vsr1::VSR1_ISA

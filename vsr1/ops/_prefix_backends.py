@@ -29,9 +29,10 @@ torch.library.define(
 )
 attention = torch.ops.vsr1.shared_prefix_attention.default
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+MOST_COMPILED_QUERIES = 8  # of a row; behind that the suffix is worth the matrix products of torch's kernels
+WIDEST_COMPILED_HEAD = 256  # csrc/include/vsr1/prefix.h
 
 
-@torch.library.impl("vsr1::shared_prefix_attention", "default")
 def forward(
     q: Tensor,
     k_prefix: Tensor,
@@ -49,9 +50,15 @@ def forward(
     suffix_mask is (R, 1 or L, S). The values of `owner` are checked here, not at the door, where tracing would see it.
     """
     name = resolve("prefix", backend, device=q.device, dtype=q.dtype)
-    _check_owner(owner, len(k_prefix))
-    compute = _prefix_flash.forward if name == "cpu" else reference
+    if name == "cpu" and q.shape[2] <= MOST_COMPILED_QUERIES and q.shape[3] <= WIDEST_COMPILED_HEAD:
+        compute = _compiled  # checks the owner itself
+    else:
+        _check_owner(owner, len(k_prefix))
+        compute = _prefix_flash.forward if name == "cpu" else reference
     return compute(q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, scale)
+
+
+torch.library.impl("vsr1::shared_prefix_attention", "default", forward)
 
 
 @torch.library.register_fake("vsr1::shared_prefix_attention")
@@ -96,6 +103,43 @@ def _check_owner(owner: Tensor | None, prefixes: int) -> None:
     lowest, highest = (int(bound) for bound in owner.aminmax())
     if lowest < 0 or highest >= prefixes:
         raise ValueError(f"group must name prefixes 0 to {prefixes - 1}; it has values from {lowest} to {highest}")
+
+
+def _compiled(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    owner: Tensor | None,
+    prefix_mask: Tensor | None,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """In C++ (csrc/cpu/prefix.cpp), which reads strided keys and values where they lie."""
+    from vsr1._C import prefix_attention
+
+    rows, query_heads, queries, width = q.shape
+    prefixes, key_heads, prefix, _ = k_prefix.shape
+    sizes = (rows, query_heads, key_heads, queries, width, prefixes, prefix, k_suffix.shape[2])
+    dense = [part if part.stride(3) == 1 else part.contiguous() for part in (q, k_prefix, v_prefix, k_suffix, v_suffix)]
+    owner = None if owner is None else owner.contiguous()
+    arrays = [part.data_ptr() for part in dense]
+    arrays += [0 if part is None else part.data_ptr() for part in (owner, prefix_mask, suffix_mask)]
+    strides = [part.stride()[:3] for part in dense]
+    strides += [_mask_strides(prefix_mask), _mask_strides(suffix_mask)]
+    out, lse = q.new_empty(q.shape), q.new_empty((rows, query_heads, queries), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    bfloat16 = q.dtype == torch.bfloat16
+    prefix_attention(bfloat16, sizes, arrays, strides, scale, threads, out.data_ptr(), lse.data_ptr())
+    return out, lse
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
+    """Of sets, queries and keys; all queries read the one row of a mask that has no other."""
+    if mask is None:
+        return 0, 0, 0
+    return mask.stride(0), 0 if mask.dim() == 2 or mask.shape[1] == 1 else mask.stride(1), mask.stride(-1)
 
 
 def reference(

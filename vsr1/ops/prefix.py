@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vsr1.ops._prefix_backends import attention, reference, reference_backward
+from vsr1.ops._prefix_backends import attention, forward, reference, reference_backward
 
 __all__ = ["GroupBlock", "group_block_mask", "reference", "reference_backward", "shared_prefix_attention"]
 
@@ -59,8 +59,18 @@ def shared_prefix_attention(
     if suffix_mask is not None and suffix_mask.dim() == 2:
         suffix_mask = suffix_mask[:, None]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    out, _ = attention(q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, scale, backend)
-    return out
+    tensors = (q, k_prefix, v_prefix, k_suffix, v_suffix)
+    if not _is_watched(tensors):
+        # What the op does, without what torch asks around it: a decoder calls this for every token and layer.
+        return forward(*tensors, owner, prefix_mask, suffix_mask, scale, backend)[0]
+    return attention(*tensors, owner, prefix_mask, suffix_mask, scale, backend)[0]
+
+
+def _is_watched(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the call is traced, or a gradient may be asked of it."""
+    if torch.compiler.is_compiling() or type(tensors[0]) is not Tensor:
+        return True
+    return torch.is_grad_enabled() and any(part.requires_grad for part in tensors)
 
 
 class GroupBlock(NamedTuple):
