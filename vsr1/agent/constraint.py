@@ -1,13 +1,12 @@
 """What a constrained reply may say, as a regular expression that structured-output engines take.
 
-Up to `<answer>` the policy says what it likes; behind it stand one of the two answers, for a match its times, none later
-than the video's end, and `<REFINE>`. Everything `protocol.render` writes for such a reply is accepted. Plain syntax only
-(no look-around, no back-references), because these expressions become automata.
+Up to `<answer>` the policy says what it likes; behind it stand one of the two answers and, for a match, its times, none later
+than the video's end. Everything `protocol.render` writes for such a reply is accepted, but for the closing `<REFINE>`: that
+is one token that stops the engine, and in the expression it would be letters, which other tokens could spell. Plain syntax
+only (no look-around, no back-references), because these expressions become automata.
 """
 
 from __future__ import annotations
-
-from vsr1.models.tokenizer import REFINE
 
 _TAG = "<answer>"
 _PLACES = 9  # decimal places a time may have: what `render` writes of a time from 0.1 ms on
@@ -34,7 +33,7 @@ def at_most(limit: float) -> str:
             if int(digit) > least:
                 rest = f"[0-9]{{{len(whole) - index - 1}}}" if index + 1 < len(whole) else ""
                 below.append(f"{whole[:index]}[{least}-{int(digit) - 1}]{rest}")
-    last = ["0{0,%d}" % _PLACES]
+    last = [f"0{{0,{_PLACES}}}"]
     for index, digit in enumerate(places):
         last.append(places[:index])
         if digit != "0":
@@ -49,8 +48,8 @@ def at_most(limit: float) -> str:
 
 
 def reply_pattern(duration: float) -> str:
-    """The regular expression of a whole reply about a video of `duration` seconds."""
+    """The regular expression of a reply, up to its closing token, about a video of `duration` seconds."""
     free, tag = _until(_TAG)
     time = at_most(duration)
     span = f"(<start>{time}</start><end>{time}</end>)?"
-    return f"{free}({tag}(not_matched</answer>|matched</answer>{span})({REFINE})?)?"
+    return f"{free}({tag}(not_matched</answer>|matched</answer>{span}))?"

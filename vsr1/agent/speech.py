@@ -111,7 +111,7 @@ def answer_token(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -
     """
 
     def said(count: int) -> str:
-        return tokenizer.decode(list(token_ids[:count]), skip_special_tokens=False)
+        return str(tokenizer.decode(list(token_ids[:count]), skip_special_tokens=False))
 
     text = said(len(token_ids))
     tag = text.find(_TAG, max(text.find("</think>"), 0))

@@ -8,9 +8,8 @@ left over. `matched` is brought back to temperature 1.
 
 **What is not.** vLLM's kernels round otherwise than ours, so log-probabilities agree to the precision of the server's dtype,
 and a greedy reply may part from ours where two tokens are nearly level. Its random numbers are its own: a seed repeats a
-reply on the same server, not one of `agent.generate`. A constrained reply may spell `<REFINE>` with other tokens than its
-own, which does not count as that token. Hidden states do not travel: soft tokens are always made by our own engine, from the
-text that came back.
+reply on the same server, not one of `agent.generate`. Hidden states do not travel: soft tokens are always made by our own
+engine, from the text that came back.
 
 One request asks one question for as many replies as have neighbouring seeds: with `n` replies, vLLM gives reply i the seed
 `seed + i`. Greedy replies to one question are one reply. With a deadline the reply is streamed, and what has come by then
@@ -20,11 +19,13 @@ counts.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,9 @@ class VllmSpeaker:
         """
         if self.version is not None:
             return self.version
-        served = self._told(self.server.get("/v1/models"), lambda said: [str(one["id"]) for one in said["data"]])
+        said = self.server.get("/v1/models")
+        with self._reading(said):
+            served = [str(one["id"]) for one in said["data"]]
         model = self.model or next(iter(served), None)
         if model not in served:
             raise Vsr1Error(
@@ -111,13 +114,16 @@ class VllmSpeaker:
                 "name it with --served-model-name, or ask for what it serves"
             )
         self.model = model
-        version = self._told(self.server.get("/version"), lambda said: str(said["version"]))
+        said = self.server.get("/version")
+        with self._reading(said):
+            version = str(said["version"])
         # where the one allowed token is not certain, the server counts before it leaves out, and before the temperature
         probe = {"temperature": 1.0, "max_tokens": 1, "logprobs": 1, "allowed_token_ids": [1], "detokenize": False}
         said = self.server.post(
             _GENERATE, {"model": model, "token_ids": [1], "sampling_params": probe}, hint=_SCALE_OUT
         )
-        logp = self._told(said, lambda said: float(said["choices"][0]["logprobs"]["content"][0]["logprob"]))
+        with self._reading(said):
+            logp = float(said["choices"][0]["logprobs"]["content"][0]["logprob"])
         if logp != 0:
             raise Vsr1Error(
                 f"vLLM at {self.server.url} reports log-probabilities before temperature and constraints (or logits): "
@@ -166,9 +172,9 @@ class VllmSpeaker:
         try:
             load = {"method": "reload_weights", "kwargs": {"weights_path": str(written)}}
             self.server.post("/collective_rpc", load, hint=_DEVELOPMENT)
-            emptied = self._told(
-                self.server.post("/reset_prefix_cache", hint=_DEVELOPMENT), lambda said: said["success"]
-            )
+            said = self.server.post("/reset_prefix_cache", hint=_DEVELOPMENT)
+            with self._reading(said):
+                emptied = said["success"]
         finally:
             self.server.post("/resume", hint=_DEVELOPMENT)
         if not emptied:
@@ -187,11 +193,11 @@ class VllmSpeaker:
             for name, tensor in policy.model.state_dict().items()
             if not name.startswith("model.visual.")
         }
-        if policy.model.config.tie_word_embeddings:
-            if not torch.equal(tensors.pop("lm_head.weight"), tensors["model.language_model.embed_tokens.weight"]):
-                raise Vsr1Error(
-                    "the policy's output matrix has left its embeddings, but its configuration says they are one"
-                )
+        # a matrix that is the embeddings is written again: vLLM may hold it apart, packed, and reloads what it finds only
+        head = tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
+        tied = policy.model.config.tie_word_embeddings
+        if tied and not torch.equal(head, tensors["model.language_model.embed_tokens.weight"]):
+            raise Vsr1Error("the policy's output matrix has left its embeddings, but its configuration says they are one")
         written = folder.absolute() / f"weights-{os.getpid()}-{next(self._numbers)}"
         partial = written.with_suffix(".partial")
         partial.mkdir(parents=True)
@@ -213,8 +219,8 @@ class VllmSpeaker:
         if len(seeds) != len(owner):
             raise ValueError(f"{len(owner)} replies are wanted with {len(seeds)} seeds: give one a reply")
         wanted: dict[int, list[tuple[int, int]]] = {}
-        for index, (question, seed) in enumerate(zip(owner, seeds, strict=True)):
-            wanted.setdefault(question, []).append((0 if sampling.temperature == 0 else seed % _SEEDS, index))
+        for index, (asked, seed) in enumerate(zip(owner, seeds, strict=True)):
+            wanted.setdefault(asked, []).append((0 if sampling.temperature == 0 else seed % _SEEDS, index))
         requests = []
         for number, pairs in wanted.items():
             question = questions[number]
@@ -268,24 +274,27 @@ class VllmSpeaker:
         else:
             parts = self.server.events(_GENERATE, body, deadline)
         for part in parts:
-            self._told(part, lambda part: [self._add(replies[choice["index"]], choice) for choice in part["choices"]])
+            with self._reading(part):
+                self._add(replies, part["choices"])
         if deadline is None and any(reply.ended is None for reply in replies):
             raise Vsr1Error(f"vLLM at {self.server.url} gave fewer than the {len(replies)} replies it was asked for")
         return replies
 
-    def _add(self, reply: _Reply, choice: dict[str, Any]) -> None:
-        """Take a choice, or a streamed part of one."""
-        content = choice["logprobs"]["content"] if choice["token_ids"] else []
-        if [one["token_id"] for one in content] != choice["token_ids"]:
-            raise ValueError("its log-probabilities are of other tokens than it spoke")
-        reply.token_ids += choice["token_ids"]
-        reply.token_logps += [float(one["logprob"]) for one in content]
-        reply.others += [
-            {int(top["token_id"]): float(top["logprob"]) for top in one["top_logprobs"]} for one in content
-        ]
-        reply.ended = choice["finish_reason"]
-        if reply.ended not in (None, "stop", "length"):
-            raise ValueError(f"a reply ended with '{reply.ended}'")
+    def _add(self, replies: Sequence[_Reply], choices: Sequence[dict[str, Any]]) -> None:
+        """Take what an answer, or a streamed part of one, adds to the replies."""
+        for choice in choices:
+            reply = replies[choice["index"]]
+            content = choice["logprobs"]["content"] if choice["token_ids"] else []
+            if [one["token_id"] for one in content] != choice["token_ids"]:
+                raise ValueError("its log-probabilities are of other tokens than it spoke")
+            reply.token_ids += choice["token_ids"]
+            reply.token_logps += [float(one["logprob"]) for one in content]
+            reply.others += [
+                {int(top["token_id"]): float(top["logprob"]) for top in one["top_logprobs"]} for one in content
+            ]
+            reply.ended = choice["finish_reason"]
+            if reply.ended not in (None, "stop", "length"):
+                raise ValueError(f"a reply ended with '{reply.ended}'")
 
     def _spoken(self, policy: Policy, reply: _Reply, sampling: Sampling) -> Spoken:
         matched = None
@@ -298,12 +307,35 @@ class VllmSpeaker:
         token_logps = torch.tensor(reply.token_logps, dtype=torch.float32)
         return Spoken(tuple(reply.token_ids), token_logps, matched, reply.ended == "stop")
 
-    def _told(self, said: Any, read: Any) -> Any:
-        """`read` of what the server said; Vsr1Error if it has another form than expected."""
+    @contextmanager
+    def _reading(self, said: Any) -> Iterator[None]:
+        """Around the reading of what the server said: Vsr1Error if it has another form than expected."""
         try:
-            return read(said)
+            yield
         except (KeyError, IndexError, TypeError, ValueError) as other:
             raise Vsr1Error(
                 f"vLLM at {self.server.url} answers in an unknown form ({other!r}) with {str(said)[:200]}: docs/vllm.md names "
                 "the versions that are known"
             ) from other
+
+
+def export(policy: Policy, path: str | os.PathLike[str]) -> None:
+    """Write the folder that `vllm serve` starts from: model, tokenizer, and what vLLM wants to know of images.
+
+    `Policy.save_pretrained` writes the refine head into the same folder, which vLLM would take for weights of the model.
+    """
+    folder = Path(path)
+    policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+    config, settings = policy.model.config.vision_config, policy.videos.settings
+    images = {
+        "patch_size": config.patch_size,
+        "merge_size": config.spatial_merge_size,
+        "temporal_patch_size": config.temporal_patch_size,
+        "size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    for name, kind in (("preprocessor", "image_processor_type"), ("video_preprocessor", "video_processor_type")):
+        processor = "Qwen2VLImageProcessor" if name == "preprocessor" else "Qwen3VLVideoProcessor"
+        (folder / f"{name}_config.json").write_text(json.dumps({kind: processor} | images, indent=1))
