@@ -15,7 +15,7 @@ plain transformers calls; of vsr1 it takes the policy's parts and the formulas o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from vsr1.models.policy import Policy
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.train.losses import latent_loss, policy_loss
 
+LOUD = 10.0  # the logit of a token that is known by heart; all others are at 0
 SIGMA, TEMPERATURE, BETA = 0.05, 0.1, 0.01  # as published: exploration, retrieval softmax, weight of the KL
 
 
@@ -42,7 +43,7 @@ class Question:
 
 
 class Group(NamedTuple):
-    """G replies: their tokens (G, T) without `<REFINE>`, which everybody is made to say next, and their latents (G, n, D)."""
+    """G replies: their tokens (G, T), `<REFINE>` last, and their latents (G, n, D)."""
 
     tokens: Tensor
     latents: Tensor
@@ -108,10 +109,18 @@ def counted(*policies: Policy) -> Iterator[Passes]:
             hook.remove()
 
 
-def never_say(policy: Policy, token_ids: Sequence[int]) -> None:
-    """These tokens get a logit of 0, which does not win: greedy replies then take all the tokens they may."""
-    weight = policy.model.lm_head.weight.detach().clone()
-    weight[list(token_ids)] = 0
+@torch.no_grad()
+def learn_by_heart(policy: Policy, question: Question, reply: Tensor) -> None:
+    """Give the policy an output matrix with which its greedy reply to this question is `reply` (T,), distinct tokens.
+
+    Whoever generates then says the same, as long as it listens to the model, and ends with the reply's last token. T must not
+    exceed the policy's width.
+    """
+    ids = torch.cat([question.ids, reply])
+    hidden = policy.model.model(**_row(policy.model.model, ids, question), use_cache=False).last_hidden_state[0]
+    weight = torch.zeros_like(policy.model.lm_head.weight)
+    speaking = hidden[len(question.ids) - 1 : -1].double()
+    weight[reply] = (LOUD * torch.linalg.pinv(speaking).T).to(weight)
     policy.model.lm_head.weight = nn.Parameter(weight)  # no longer that of the token embeddings, if it was
 
 
@@ -138,14 +147,13 @@ def public_latents(policy: Policy, ids: Tensor, question: Question, *, pre_norm:
 
 @torch.no_grad()
 def public_group(policy: Policy, question: Question, group: int, tokens: int, *, pre_norm: bool = True) -> Group:
-    """`group` greedy replies of `tokens` tokens, one generation each, and their latents, one pass over the row each."""
-    refine = torch.tensor([policy.refine_id], device=question.ids.device)
+    """`group` greedy replies of `tokens` tokens, one generation each, and their latents, n passes over the row each."""
     replies, latents = [], []
     for _ in range(group):
         row = _row(policy.model.model, question.ids, question)
         said = policy.model.generate(**row, max_new_tokens=tokens, do_sample=False)[0]
         replies.append(said[len(question.ids) :])
-        latents.append(public_latents(policy, torch.cat([said, refine]), question, pre_norm=pre_norm))
+        latents.append(public_latents(policy, said, question, pre_norm=pre_norm))
     return Group(torch.stack(replies), torch.stack(latents))
 
 
@@ -153,13 +161,12 @@ def public_group(policy: Policy, question: Question, group: int, tokens: int, *,
 def generate_group(policy: Policy, question: Question, group: int, tokens: int) -> Group:
     """The same by one batched generation and n batched passes over the whole rows, the video encoded once for all of them.
 
-    The prompt is repeated here, which is what `num_return_sequences=group` does: that fails in transformers 5.23 for a
-    tower without deepstack levels.
+    Every reply must end with `<REFINE>`. The prompt is repeated here, which is what `num_return_sequences=group` does: that
+    fails in transformers 5.23 for a tower without deepstack levels.
     """
     prompts = _encoded_rows(policy.model.model, question.ids.expand(group, -1), question)
     said = policy.model.generate(**prompts, max_new_tokens=tokens, do_sample=False)
-    ids = torch.cat([said, said.new_full((group, 1), policy.refine_id)], 1)
-    return Group(said[:, len(question.ids) :], _whole_row_latents(policy, {**prompts, "input_ids": ids}))
+    return Group(said[:, len(question.ids) :], _whole_row_latents(policy, {**prompts, "input_ids": said}))
 
 
 def _whole_row_latents(policy: Policy, rows: dict[str, Any]) -> Tensor:
@@ -248,6 +255,19 @@ def plain_training_step(
     )
     loss.backward()
     return Step(loss.detach(), logps.detach(), latents.detach())
+
+
+def plain_rows_pass(policy: Policy, prefix: Tensor, suffixes: Tensor, up: Tensor) -> Tensor:
+    """Hidden states (G, R, H) of suffixes (G, R), each read behind its own copy of the prefix (P,), and their backward pass
+    from the gradient `up` (G, R, H). One row at a time, or its memory would be G times as much."""
+    policy.zero_grad()
+    found = []
+    for suffix, gradient in zip(suffixes, up, strict=True):
+        output = policy.model.model(input_ids=torch.cat([prefix, suffix])[None], use_cache=False)
+        hidden = output.last_hidden_state[0, len(prefix) :]
+        hidden.backward(gradient)
+        found.append(hidden.detach())
+    return torch.stack(found)
 
 
 def text_loss(lesson: Lesson, logps: Tensor, reference_logps: Tensor) -> Tensor:

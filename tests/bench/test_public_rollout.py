@@ -21,8 +21,7 @@ TOKENS, GROUP = 4, 2
 
 @pytest.fixture
 def policy(policy: Policy) -> Policy:
-    """It learns, all but its vision tower; and it says words only."""
-    peers.never_say(policy, policy.tokenizer.all_special_ids)
+    """It learns, all but its vision tower."""
     policy.videos.visual.requires_grad_(False)
     policy.settings = replace(policy.settings, soft_tokens=3)
     return policy
@@ -42,7 +41,10 @@ def question(policy, frames, prompt) -> peers.Question:
 
 def replies(policy, count=GROUP) -> Tensor:
     words = [token for token in range(len(policy.tokenizer)) if token not in policy.tokenizer.all_special_ids]
-    chosen = torch.tensor(words)[torch.randint(len(words), (count, TOKENS), generator=torch.Generator().manual_seed(1))]
+    generator = torch.Generator().manual_seed(1)
+    chosen = torch.stack(
+        [torch.tensor(words)[torch.randperm(len(words), generator=generator)[:TOKENS]] for _ in range(count)]
+    )
     return torch.cat([chosen, torch.full((count, 1), policy.refine_id)], 1)
 
 
@@ -91,21 +93,22 @@ def test_the_last_refine_counts_and_no_word_behind_it(policy, prompt, question):
 
 
 def test_groups_agree_and_take_the_passes_that_their_algorithms_imply(policy, prompt, question):
-    count = policy.settings.soft_tokens
+    count, length = policy.settings.soft_tokens, TOKENS + 1
+    (reply,) = replies(policy, 1)
+    peers.learn_by_heart(policy, question, reply)
     with peers.counted(policy) as public:
-        literal = peers.public_group(policy, question, GROUP, TOKENS, pre_norm=False)
+        literal = peers.public_group(policy, question, GROUP, length, pre_norm=False)
     with peers.counted(policy) as batched:
-        generated = peers.generate_group(policy, question, GROUP, TOKENS)
+        generated = peers.generate_group(policy, question, GROUP, length)
     assert torch.equal(literal.tokens, generated.tokens)
-    assert literal.tokens.shape == (GROUP, TOKENS)
+    assert torch.equal(literal.tokens, reply.expand(GROUP, -1))
     torch.testing.assert_close(literal.latents, generated.latents, atol=1e-5, rtol=1e-5)
-    reply = torch.cat([literal.tokens[0], torch.tensor([policy.refine_id])])
     torch.testing.assert_close(literal.latents[-1], cached(policy, prompt, reply), atol=1e-5, rtol=1e-5)
 
-    said = len(question.ids) + TOKENS - 1  # the last token is not fed to find another
-    read = count * (len(question.ids) + TOKENS + 1) + sum(range(count))
-    assert public == peers.Passes(GROUP * (TOKENS + count), GROUP * (said + read), GROUP * (1 + count))
-    assert batched == peers.Passes(TOKENS + count, GROUP * (said + read), 1)
+    said = len(question.ids) + length - 1  # the last token is not fed to find another
+    read = count * (len(question.ids) + length) + sum(range(count))
+    assert public == peers.Passes(GROUP * (length + count), GROUP * (said + read), GROUP * (1 + count))
+    assert batched == peers.Passes(length + count, GROUP * (said + read), 1)
 
 
 def test_training_steps_agree_and_take_the_passes_that_their_algorithms_imply(policy, embedder, question):
