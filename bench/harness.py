@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 BUDGET = 1.5  # seconds that a contender is timed for, unless two calls take longer
+LONG = 8.0  # seconds of a call that is not repeated: its own noise is small beside what others would wait
 MOST_ROUNDS = 15
 FLOOR = "floor"
 Call = Callable[[], Any]
@@ -77,6 +78,8 @@ class Measurement:
     peers_mib: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     """Peers that could not take part, and why."""
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """What a call costs beside time: of each thing counted, how often each contender does it, ours first."""
     goals: list[Goal] = field(default_factory=list)
     note: str = ""
     """Why a goal is missed, if it is and somebody knows."""
@@ -137,21 +140,26 @@ def compare(
     *,
     reads: Tensor | None = None,
     bounds: Sequence[Bound] = (),
+    counts: Mapping[str, Mapping[str, int]] | None = None,
     note: str = "",
     most_rounds: int = MOST_ROUNDS,
 ) -> Measurement | None:
     """Check all contenders, time them in turns, and hold the first, which is ours, to the bounds.
 
     A contender that is text instead of a call is absent, and the text says why. `check(name, answer)` raises AssertionError
-    for an answer that is wrong. `reads` are the bytes that ours reads. None under `--benchmark-disable`: checked, not timed.
+    for an answer that is wrong. `reads` are the bytes that ours reads. `counts` joins the line as it is when all are timed, so
+    the check may fill it. None under `--benchmark-disable`: checked, not timed.
     """
     calls = {name: call for name, call in contenders.items() if not isinstance(call, str)}
     ours = next(iter(calls))
     times: dict[str, list[float]] = {}
     mib: dict[str, float | None] = {}
     for name, call in calls.items():
-        check(name, call())  # the first call, so what it loads and keeps is no part of the memory of the second
-        mib[name], seconds = peak_memory(call)
+        answers: list[Any] = []
+        mib[name], seconds = peak_memory(lambda call=call, answers=answers: answers.append(call()))
+        check(name, answers.pop())
+        if seconds < LONG:  # what the first call loads and keeps is no part of the memory of the second
+            mib[name], seconds = peak_memory(call)
         times[name] = [seconds]
     if reads is not None:
         calls[FLOOR], times[FLOOR] = fastest_read(reads), []
@@ -159,12 +167,13 @@ def compare(
 
     def take_turns() -> None:
         for name in others:
-            if len(times[name]) < 2 or sum(times[name]) < BUDGET:
+            spent = sum(times[name])
+            if spent < BUDGET or (len(times[name]) < 2 and spent < LONG):
                 start = time.perf_counter()
                 calls[name]()
                 times[name].append(time.perf_counter() - start)
 
-    rounds = min(most_rounds, max(2, int(BUDGET / times[ours][0])))
+    rounds = min(most_rounds, max(1 if times[ours][0] >= LONG else 2, int(BUDGET / times[ours][0])))
     benchmark.pedantic(calls[ours], setup=take_turns, rounds=rounds)
     if benchmark.stats is None:
         return None
@@ -178,6 +187,7 @@ def compare(
         peers={name: best[name] for name in others if name in best},
         peers_mib={name: used for name, used in mib.items() if name != ours and used is not None},
         absent={name: why for name, why in contenders.items() if isinstance(why, str)},
+        counts={what: dict(numbers) for what, numbers in (counts or {}).items()},
         note=note,
     )
     return line.held_to(*bounds)

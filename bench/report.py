@@ -51,6 +51,7 @@ def publish(entries: Mapping[str, Entry], folder: Path = RESULTS) -> list[Path]:
 def table(lines: Sequence[Measurement]) -> Iterator[str]:
     """A Markdown table whose columns line up, without the columns that no line fills."""
     peers = list(dict.fromkeys(name for line in lines for name in line.peers))
+    counted = dict.fromkeys(what for line in lines for what in line.counts)
     columns = {
         "case": [line.case for line in lines],
         "ms": [_digits(line.ms) for line in lines],
@@ -58,6 +59,7 @@ def table(lines: Sequence[Measurement]) -> Iterator[str]:
         "% of floor speed": [f"{100 * line.floor / line.ms:.0f}" if line.floor else "" for line in lines],
         **{f"x {peer}": [_times(line, peer) for line in lines] for peer in peers},
         "MiB": ["" if line.mib is None else f"{line.mib:.0f}" for line in lines],
+        **{what: [_counts(line, what) for line in lines] for what in counted},
         "from Python, ms": ["" if line.eager is None else _digits(line.eager) for line in lines],
         "backend": [line.backend or "" for line in lines],
         "goal": ["; ".join(map(str, line.goals)) for line in lines],
@@ -76,6 +78,12 @@ def _digits(value: float) -> str:
 def _times(line: Measurement, peer: str) -> str:
     """How many times as fast as the peer."""
     return f"{line.peers[peer] / line.ms:.2g}" if peer in line.peers else ""
+
+
+def _counts(line: Measurement, what: str) -> str:
+    """Ours, and the others' behind their names: `1, public 72`."""
+    first, *others = line.counts.get(what, {"": ""}).items()
+    return ", ".join([str(first[1]), *(f"{name} {number}" for name, number in others)])
 
 
 def remarks(lines: Sequence[Measurement]) -> Iterator[str]:
