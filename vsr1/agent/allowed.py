@@ -16,7 +16,7 @@ Trie = dict[int, Any]  # token -> Trie; empty where the tag is closed
 
 ANSWER_TAG = "<answer>"
 ANSWERS = ("matched", "not_matched")
-_TIME_TAGS = ("<start>", "<end>")
+_TIME_TAGS = {"<start>": "</start><end>", "<end>": "</end>"}  # and what follows the time: a span needs both
 
 
 class Allowed:
@@ -37,7 +37,7 @@ class Allowed:
         return None
 
     def _write_times(self, tag: str, tenths: int) -> Trie:
-        return self._trie(f"{tenth / 10:g}{tag.replace('<', '</')}" for tenth in range(tenths + 1))
+        return self._trie(f"{tenth / 10:g}{_TIME_TAGS[tag]}" for tenth in range(tenths + 1))
 
     def _trie(self, sentences: Iterable[str]) -> Trie:
         root: Trie = {}

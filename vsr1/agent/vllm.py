@@ -197,7 +197,9 @@ class VllmSpeaker:
         head = tensors["lm_head.weight"] = tensors["lm_head.weight"].clone()
         tied = policy.model.config.tie_word_embeddings
         if tied and not torch.equal(head, tensors["model.language_model.embed_tokens.weight"]):
-            raise Vsr1Error("the policy's output matrix has left its embeddings, but its configuration says they are one")
+            raise Vsr1Error(
+                "the policy's output matrix has left its embeddings, but its configuration says they are one"
+            )
         written = folder.absolute() / f"weights-{os.getpid()}-{next(self._numbers)}"
         partial = written.with_suffix(".partial")
         partial.mkdir(parents=True)

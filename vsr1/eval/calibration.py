@@ -6,7 +6,6 @@ scale and an offset, are fitted so that they become the log-odds of the shown vi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,12 +45,12 @@ def fit(odds: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     return float(weights[0]), float(weights[1])
 
 
-def errors(trajectories: Sequence[Trajectory], bins: int = 10) -> dict[str, float]:
-    """brier: mean squared error of the probabilities; ece: expected calibration error over equal-width bins; NaN where no
+def errors(trajectories: Sequence[Trajectory], bins: int = 10) -> dict[str, float | None]:
+    """brier: mean squared error of the probabilities; ece: expected calibration error over equal-width bins; None where no
     turn gave a probability."""
     odds, right = pairs(trajectories)
     if not len(odds):
-        return {"brier": math.nan, "ece": math.nan}
+        return {"brier": None, "ece": None}
     chance = 1 / (1 + np.exp(-odds))
     place = np.minimum((chance * bins).astype(int), bins - 1)
     gaps = [abs(float((chance - right)[place == one].sum())) for one in range(bins)]
