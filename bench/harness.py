@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 BUDGET = 1.5  # seconds that a contender is timed for, unless two calls take longer
-LONG = 8.0  # seconds of a call that is not repeated: its own noise is small beside what others would wait
+LONG = 4.0  # seconds of a call that is not repeated: its own noise is small beside what all others would wait
 MOST_ROUNDS = 15
 FLOOR = "floor"
 Call = Callable[[], Any]

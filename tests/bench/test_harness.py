@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench import exact
+from bench import exact, harness
 from bench.harness import (
     Goal,
     Measurement,
@@ -88,6 +89,30 @@ def test_contenders_take_turns_and_the_absent_are_named() -> None:
     assert (line.ms, line.bytes, list(line.peers), line.absent) == (4.0, 4000, ["peer"], {"other": "pip install other"})
     assert line.floor is not None
     assert [goal.unit for goal in line.goals] == ["x peer"]
+
+
+def test_a_long_call_is_made_once_and_ours_once_more_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    called: list[str] = []
+    counts: dict[str, dict[str, int]] = {"calls": {}}
+
+    def call(name: str, seconds: float) -> str:
+        called.append(name)
+        clock[0] += seconds
+        return name
+
+    def check(name: str, answer: str) -> None:
+        assert name == answer
+        counts["calls"][name] = len(called)
+
+    calls = {name: partial(call, name, slow) for name, slow in (("ours", 5.0), ("slow", 6.0), ("fast", 1.0))}
+    line = compare(Stopwatch(), "case", calls, check, counts=counts)
+    assert called[:4] == ["ours", "slow", "fast", "fast"]
+    assert called[-1] == "ours" and called.count("ours") == 2 and called.count("slow") == 1
+    assert line is not None
+    assert line.peers == {"slow": 6000, "fast": 1000}
+    assert line.counts == {"calls": {"ours": 1, "slow": 2, "fast": 3}}
 
 
 def test_nothing_is_timed_where_an_answer_is_wrong() -> None:

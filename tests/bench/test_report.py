@@ -41,6 +41,14 @@ def test_a_table_shows_ratios_and_leaves_out_empty_columns() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
+def test_what_was_counted_stands_beside_the_names_of_the_others() -> None:
+    counts = {"passes": {"ours": 1, "public": 72}, "calls": {"ours": 3}}
+    lines = list(report.table([dataclasses.replace(MET, counts=counts), MISSED]))
+    columns = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert columns[0][-3:-1] == ["passes", "calls"]
+    assert [row[-3:-1] for row in columns[2:]] == [["1, public 72", "3"], ["", ""]]
+
+
 def test_remarks_say_why_but_not_of_goals_that_are_met() -> None:
     told = Measurement("small", 1.0, goals=[Goal("ms", 2.0, 1.0)], note="never shown")
     larger = dataclasses.replace(MISSED, case="larger")
