@@ -23,13 +23,15 @@ from bench import public_rollout as peers
 from bench.harness import Bound, faster_than, within
 from bench.public_rollout import Group, Lesson, Passes, Question, Step
 from vsr1.agent import protocol
-from vsr1.agent.generate import Sampling, generate, soft_tokens
+from vsr1.agent.generate import Prompt, Refining, generate, soft_tokens
+from vsr1.agent.speech import Sampling
 from vsr1.models import backbone
-from vsr1.models.backbone import Row
+from vsr1.models.backbone import Row, State
 from vsr1.models.embedder import INSTRUCTION, Embedder
 from vsr1.models.policy import SYSTEM, Policy
 from vsr1.models.tiny import TinyConfig
 from vsr1.models.tokenizer import train_tokenizer
+from vsr1.ops.linear_logp import linear_logp
 from vsr1.video import Frames
 
 GROUP, SPOKEN, CANDIDATES = 8, 80, 25  # replies, their words before `<REFINE>`, videos a query is ranked among
@@ -100,31 +102,45 @@ def read(policy: Policy, frames: Frames) -> Row:
     return protocol.prompt(policy.tokenizer, TEXT, video, system=policy.settings.system)
 
 
-@torch.no_grad()
 def ours_group(given: Setting) -> Group:
-    policy = given.policy
-    sampling = Sampling(max_tokens=len(given.reply))
-    said = generate(policy, [read(policy, given.frames)], sampling, group=len(given.lesson.replies))
-    soft = soft_tokens(policy, said.hidden, said.state)
-    return Group(torch.tensor(said.token_ids), soft.means)
+    policy, group = given.policy, len(given.lesson.replies)
+    said = dict(
+        generate(
+            policy,
+            [Prompt(read(policy, given.frames))],
+            [0] * group,
+            Sampling(max_tokens=len(given.reply)),
+            refining=Refining(wants=lambda *_: True),
+        )
+    )
+    soft = [said[place].soft for place in range(group)]
+    return Group(
+        torch.tensor([said[place].spoken.token_ids for place in range(group)]),
+        torch.stack([one.means for one in soft if one is not None]),
+    )
 
 
 def ours_training_step(given: Setting) -> Step:
     policy, lesson = given.policy, given.lesson
     policy.zero_grad()
-    prompt, replies = read(policy, given.frames), lesson.replies.tolist()
-    rows = [replace(prompt, token_ids=(*prompt.token_ids, *reply)) for reply in replies]
+    prompt, replies = read(policy, given.frames), lesson.replies
+    owner = torch.zeros(len(replies), dtype=torch.int64)
 
-    def logps_of(one: Policy, hidden: Tensor) -> Tensor:
-        return backbone.spoken_logps(hidden, one.model.lm_head.weight, replies).view(lesson.replies.shape)
+    def passed(one: Policy) -> tuple[Tensor, Tensor, State]:
+        """Log-probabilities, the states at `<REFINE>`, and what continues them."""
+        core = one.model.model
+        ends, state = backbone.run(core, [prompt], keep_cache=True)
+        assert state is not None
+        state = state.branch(owner)
+        hidden, last = backbone.feed_tokens(core, state, replies.tolist())
+        before = torch.cat([ends[owner, -1][:, None], hidden[:, :-1]], 1)
+        logps = linear_logp(before.flatten(0, 1), one.model.lm_head.weight, replies.flatten()).logp
+        return logps.view(replies.shape), last, state
 
-    hidden, state = backbone.run(policy.model.model, rows, keep_cache=True)
-    assert state is not None
-    logps = logps_of(policy, hidden)
+    logps, last, state = passed(policy)
     with torch.no_grad():
-        before, _ = backbone.run(given.reference.model.model, rows)
-        reference_logps = logps_of(given.reference, before)
-    latents = soft_tokens(policy, hidden[:, -1], state).means
+        reference_logps, _, _ = passed(given.reference)
+    latents = soft_tokens(policy, last, state).means
     loss = peers.text_loss(lesson, logps, reference_logps) + peers.exploration_loss(lesson, latents)
     loss = loss + peers.retrieval_loss(lesson, policy, given.embedder, latents)
     loss.backward()
@@ -134,8 +150,11 @@ def ours_training_step(given: Setting) -> Step:
 def ours_packed_pass(policy: Policy, prefix: Tensor, suffixes: Tensor, up: Tensor) -> Tensor:
     """Hidden states (G, R, H) of suffixes (G, R) behind the prefix (P,) they share, and their backward pass from `up`."""
     policy.zero_grad()
-    rows = [Row((*prefix.tolist(), *suffix)) for suffix in suffixes.tolist()]
-    hidden = backbone.run(policy.model.model, rows)[0][:, len(prefix) :]
+    core = policy.model.model
+    _, state = backbone.run(core, [Row(tuple(prefix.tolist()))], keep_cache=True)
+    assert state is not None
+    state = state.branch(torch.zeros(len(suffixes), dtype=torch.int64))
+    hidden = backbone.feed(core, state, policy.token_embeddings(suffixes))
     hidden.backward(up)
     return hidden.detach()
 
