@@ -71,14 +71,18 @@ def video_token_ids(tokenizer: PreTrainedTokenizerBase, features: VideoFeatures)
 
 
 class VideoEncoder:
-    """Encodes video files with a frozen vision tower; results are cached by path, least recently used out first."""
+    """Encodes video files with a frozen vision tower.
+
+    Results are kept in memory by path and by how the video is sampled (frames, resolution), up to `cache_bytes`, the least
+    recently used leaving first; `hits` and `misses` count what was asked for.
+    """
 
     def __init__(self, visual: Any, settings: VideoSettings, *, cache_bytes: int = 1 << 30) -> None:
         self.visual = visual  # a Qwen3VLVisionModel
         self.settings = settings
         self.cache_bytes = cache_bytes
         self.hits = self.misses = 0
-        self._cache: OrderedDict[str, VideoFeatures] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, VideoSettings], VideoFeatures] = OrderedDict()
         self._cached_bytes = 0
         attend_equal_frames_at_once(visual)
 
@@ -142,9 +146,9 @@ class VideoEncoder:
         keys = [str(path) for path in paths]
         results: dict[str, VideoFeatures | VideoError] = {}
         for key in keys:
-            if key in self._cache:
-                self._cache.move_to_end(key)
-                results[key] = self._cache[key]
+            if (key, self.settings) in self._cache:
+                self._cache.move_to_end((key, self.settings))
+                results[key] = self._cache[key, self.settings]
         missing = [key for key in dict.fromkeys(keys) if key not in results]
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
@@ -181,7 +185,7 @@ class VideoEncoder:
     def _remember(self, key: str, features: VideoFeatures) -> None:
         if features.bytes > self.cache_bytes:
             return
-        self._cache[key] = features
+        self._cache[key, self.settings] = features
         self._cached_bytes += features.bytes
         while self._cached_bytes > self.cache_bytes:
             self._cached_bytes -= self._cache.popitem(last=False)[1].bytes
