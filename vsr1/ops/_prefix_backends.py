@@ -108,7 +108,7 @@ def _check_owner(owner: Tensor | None, prefixes: int) -> None:
         return
     lowest, highest = (int(bound) for bound in owner.aminmax())
     if lowest < 0 or highest >= prefixes:
-        raise ValueError(f"group must name prefixes 0 to {prefixes - 1}; it has values from {lowest} to {highest}")
+        raise ValueError(f"group must name prefixes 0 to {prefixes - 1}; it has {lowest if lowest < 0 else highest}")
 
 
 def decode(
@@ -129,10 +129,10 @@ def decode(
     """
     from vsr1._C import prefix_attention
 
-    parts = q, k_prefix, v_prefix, k_suffix, v_suffix
+    parts = [q, k_prefix, v_prefix, k_suffix, v_suffix]
     strides = [part.stride() for part in parts]
     if any(stride[3] != 1 for stride in strides):
-        parts = tuple(part.contiguous() for part in parts)
+        parts = [part.contiguous() for part in parts]
         strides = [part.stride() for part in parts]
     arrays = [part.data_ptr() for part in parts]
     owner = None if owner is None else owner.contiguous()
