@@ -132,7 +132,7 @@ def decode(
     parts = [q, k_prefix, v_prefix, k_suffix, v_suffix]
     strides = [part.stride() for part in parts]
     if any(stride[3] != 1 for stride in strides):
-        parts = [part.contiguous() for part in parts]
+        parts = [part if part.stride(3) == 1 else part.contiguous() for part in parts]
         strides = [part.stride() for part in parts]
     arrays = [part.data_ptr() for part in parts]
     owner = None if owner is None else owner.contiguous()
