@@ -121,17 +121,18 @@ void logits_to_gradient(
 }
 
 // Sizes in the order of PrefixTask, behind them the keys of prefix and suffix; arrays: q, both keys and values, owner, both masks;
-// strides: of the same but the owner.
+// strides: of the same but the owner, which is dense as the last dimension of the others is.
 void prefix_attention(
     bool bfloat16, std::array<int64_t, 8> sizes, std::array<uintptr_t, 8> arrays,
-    std::array<std::array<int64_t, 3>, 7> strides, float scale, int threads, uintptr_t out, uintptr_t lse) {
+    std::array<std::array<int64_t, 4>, 7> strides, float scale, int threads, uintptr_t out, uintptr_t lse) {
     const auto [rows, query_heads, key_heads, queries, width, prefixes, prefix, suffix] = sizes;
     const auto array = [&](int i) { return pointer<const void>(arrays[i]); };
     const auto mask = [&](int i) { return pointer<const bool>(arrays[i]); };
+    const auto stride = [&](int i) { return std::array{strides[i][0], strides[i][1], strides[i][2]}; };
     const vsr1::PrefixTask task{
-        bfloat16, rows, query_heads, key_heads, queries, width, prefixes, array(0), strides[0], pointer<const int64_t>(arrays[5]),
-        {array(1), array(2), strides[1], strides[2], prefix, mask(6), strides[5]},
-        {array(3), array(4), strides[3], strides[4], suffix, mask(7), strides[6]},
+        bfloat16, rows, query_heads, key_heads, queries, width, prefixes, array(0), stride(0), pointer<const int64_t>(arrays[5]),
+        {array(1), array(2), stride(1), stride(2), prefix, mask(6), stride(5)},
+        {array(3), array(4), stride(3), stride(4), suffix, mask(7), stride(6)},
         scale, threads,
     };
     const py::gil_scoped_release release;

@@ -44,21 +44,27 @@ def forward(
     suffix_mask: Tensor | None,
     scale: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
+    wants_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
     """Out (R, Hq, L, D) in the dtype of q, and the log-partition (R, Hq, L), 0 where a query sees nothing.
+
+    The log-partition is there at least where it is wanted.
 
     suffix_mask is (R, 1 or L, S). The values of `owner` are checked here, not at the door, where tracing would see it.
     """
+    tensors = q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask
     name = resolve("prefix", backend, device=q.device, dtype=q.dtype)
     if name == "cpu" and q.shape[2] <= MOST_COMPILED_QUERIES and q.shape[3] <= WIDEST_COMPILED_HEAD:
-        compute = _compiled  # checks the owner itself
-    else:
-        _check_owner(owner, len(k_prefix))
-        compute = _prefix_flash.forward if name == "cpu" else reference
-    return compute(q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, scale)
+        return decode(*tensors, scale, wants_lse)  # checks the owner itself
+    _check_owner(owner, len(k_prefix))
+    return (_prefix_flash.forward if name == "cpu" else reference)(*tensors, scale)
 
 
-torch.library.impl("vsr1::shared_prefix_attention", "default", forward)
+@torch.library.impl("vsr1::shared_prefix_attention", "default")
+def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+    out, lse = forward(*inputs)
+    assert lse is not None
+    return out, lse
 
 
 @torch.library.register_fake("vsr1::shared_prefix_attention")
@@ -102,10 +108,10 @@ def _check_owner(owner: Tensor | None, prefixes: int) -> None:
         return
     lowest, highest = (int(bound) for bound in owner.aminmax())
     if lowest < 0 or highest >= prefixes:
-        raise ValueError(f"group must name prefixes 0 to {prefixes - 1}; it has values from {lowest} to {highest}")
+        raise ValueError(f"group must name prefixes 0 to {prefixes - 1}; it has {lowest if lowest < 0 else highest}")
 
 
-def _compiled(
+def decode(
     q: Tensor,
     k_prefix: Tensor,
     v_prefix: Tensor,
@@ -115,31 +121,45 @@ def _compiled(
     prefix_mask: Tensor | None,
     suffix_mask: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """In C++ (csrc/cpu/prefix.cpp), which reads strided keys and values where they lie."""
+    wants_lse: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """In C++ (csrc/cpu/prefix.cpp), which reads strided keys and values where they lie.
+
+    A decoder calls this for every layer and token, each time with little to do: what is said to C++ is gathered in few steps.
+    """
     from vsr1._C import prefix_attention
 
+    parts = [q, k_prefix, v_prefix, k_suffix, v_suffix]
+    strides = [part.stride() for part in parts]
+    if any(stride[3] != 1 for stride in strides):
+        parts = [part if part.stride(3) == 1 else part.contiguous() for part in parts]
+        strides = [part.stride() for part in parts]
+    arrays = [part.data_ptr() for part in parts]
+    owner = None if owner is None else owner.contiguous()
+    arrays += [0 if part is None else part.data_ptr() for part in (owner, prefix_mask, suffix_mask)]
     rows, query_heads, queries, width = q.shape
     prefixes, key_heads, prefix, _ = k_prefix.shape
-    sizes = (rows, query_heads, key_heads, queries, width, prefixes, prefix, k_suffix.shape[2])
-    dense = [part if part.stride(3) == 1 else part.contiguous() for part in (q, k_prefix, v_prefix, k_suffix, v_suffix)]
-    owner = None if owner is None else owner.contiguous()
-    arrays = [part.data_ptr() for part in dense]
-    arrays += [0 if part is None else part.data_ptr() for part in (owner, prefix_mask, suffix_mask)]
-    strides = [part.stride()[:3] for part in dense]
-    strides += [_mask_strides(prefix_mask), _mask_strides(suffix_mask)]
-    out, lse = q.new_empty(q.shape), q.new_empty((rows, query_heads, queries), dtype=torch.float32)
-    threads = torch.get_num_threads()
-    bfloat16 = q.dtype == torch.bfloat16
-    prefix_attention(bfloat16, sizes, arrays, strides, scale, threads, out.data_ptr(), lse.data_ptr())
+    sizes = rows, query_heads, key_heads, queries, width, prefixes, prefix, k_suffix.shape[2]
+    out = torch.empty(q.shape, dtype=q.dtype)
+    lse = torch.empty(q.shape[:3], dtype=torch.float32) if wants_lse else None
+    prefix_attention(
+        q.dtype == torch.bfloat16,
+        sizes,
+        arrays,
+        [*strides, _mask_strides(prefix_mask), _mask_strides(suffix_mask)],
+        scale,
+        torch.get_num_threads(),
+        out.data_ptr(),
+        0 if lse is None else lse.data_ptr(),
+    )
     return out, lse
 
 
-def _mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
-    """Of sets, queries and keys; all queries read the one row of a mask that has no other."""
+def _mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
+    """Of sets, queries and keys, and a place left over; all queries read the one row of a mask that has no other."""
     if mask is None:
-        return 0, 0, 0
-    return mask.stride(0), 0 if mask.dim() == 2 or mask.shape[1] == 1 else mask.stride(1), mask.stride(-1)
+        return 0, 0, 0, 0
+    return mask.stride(0), 0 if mask.dim() == 2 or mask.shape[1] == 1 else mask.stride(1), mask.stride(-1), 1
 
 
 def reference(
@@ -230,14 +250,15 @@ def _add_rows(owner: Tensor | None, part: Tensor, prefixes: int) -> Tensor:
 def _fold(x: Tensor, keys: Tensor) -> Tensor:
     """(R, Hq, L, .) -> (N, Hkv, M, .): every query that reads one key head of one group (or row) in a single axis."""
     rows, heads = keys.shape[:2]
-    return x.unflatten(1, (heads, -1)).unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 4)
+    split = x.unflatten(0, (rows, len(x) // max(rows, 1))).unflatten(2, (heads, x.shape[1] // heads))
+    return split.transpose(1, 2).flatten(2, 4)
 
 
 def _unfold(x: Tensor, q: Tensor) -> Tensor:
     """The inverse of `_fold`, back to (R, Hq, L, .) of `q`."""
     rows, query_heads, queries = q.shape[:3]
     groups, heads = x.shape[:2]
-    split = x.unflatten(2, (rows // groups, query_heads // heads, queries)).transpose(1, 2)
+    split = x.unflatten(2, (rows // max(groups, 1), query_heads // heads, queries)).transpose(1, 2)
     return split.flatten(0, 1).flatten(1, 2)
 
 

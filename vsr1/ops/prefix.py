@@ -62,7 +62,7 @@ def shared_prefix_attention(
     tensors = (q, k_prefix, v_prefix, k_suffix, v_suffix)
     if not _is_watched(tensors):
         # What the op does, without what torch asks around it: a decoder calls this for every token and layer.
-        return forward(*tensors, owner, prefix_mask, suffix_mask, scale, backend)[0]
+        return forward(*tensors, owner, prefix_mask, suffix_mask, scale, backend, wants_lse=False)[0]
     return attention(*tensors, owner, prefix_mask, suffix_mask, scale, backend)[0]
 
 
