@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from vsr1.agent import protocol
@@ -55,16 +55,16 @@ def test_the_answer_token_is_found_in_any_vocabulary(pieces, first, second, answ
     assert answer_token(tokenizer, []) is None
 
 
-seconds = st.floats(0, 200).map(lambda second: float(f"{second:.2f}"))
+seconds = st.floats(0, 200).map(lambda second: round(second, 2))
+thoughts = st.text().filter(lambda text: "<answer>" not in text)
 
 
-@given(st.text(), seconds, seconds, seconds, st.booleans())
+@settings(max_examples=40, deadline=None)
+@given(thoughts, seconds, seconds, seconds, st.booleans())
 def test_a_constrained_reply_is_what_render_writes_with_times_within_the_video(think, start, end, duration, matched):
     reply = Reply("matched", start, end, think, False) if matched else Reply("not_matched", None, None, think, False)
-    accepted = re.fullmatch(reply_pattern(duration), protocol.render(reply), re.DOTALL) is not None
-    assert accepted == (not matched or (start <= duration and end <= duration) and "<answer>" not in think) or (
-        "<answer>" in think
-    )
+    accepted = re.fullmatch(reply_pattern(duration), protocol.render(reply))
+    assert bool(accepted) == (not matched or max(start, end) <= duration)
 
 
 @pytest.mark.parametrize("text", ["maybe", "matched", "matched</answer> ", "not_matched</answer><start>1</start>"])
@@ -73,9 +73,9 @@ def test_nothing_else_may_stand_behind_the_tag(text):
     assert re.fullmatch(reply_pattern(9.0), "<think>a <answe <<answer b</think><answer>not_matched</answer>")
 
 
-@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from([1, 10, 1000]))
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**5), st.integers(0, 10**5), st.sampled_from([1, 10, 1000, 10**5]))
 def test_numbers_up_to_a_limit(number, limit, scale):
     text = f"{number / scale:g}"
-    assert (
-        bool(re.fullmatch(at_most(limit / scale), text)) == (float(text) <= limit / scale or "e" in text) or "e" in text
-    )
+    assume("e" not in text)
+    assert bool(re.fullmatch(at_most(limit / scale), text)) == (number <= limit)

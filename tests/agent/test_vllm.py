@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import os
 import socket
 import subprocess
@@ -14,15 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.agent.vllm_stub import Stub, serve, tensor, unpack
+from transformers import Qwen3VLModel
 
+from tests.agent.vllm_stub import Stub, serve, tensor, unpack
 from vsr1.agent import protocol, vllm_wire
 from vsr1.agent.speech import Question, Sampling
 from vsr1.agent.vllm import VllmSpeaker, export
 from vsr1.errors import Vsr1Error
 from vsr1.models import backbone
 from vsr1.models.backbone import Row
-from vsr1.models.vision import VideoFeatures
+from vsr1.models.embedder import Embedder
+from vsr1.models.policy import Policy
+from vsr1.models.tiny import TinyConfig, model_config, video_settings
+from vsr1.models.vision import VideoEncoder, VideoFeatures
 
 
 @pytest.fixture
@@ -123,18 +128,16 @@ def test_constrained_replies_are_asked_for_with_each_video_s_length(policy, stub
 
 
 def test_a_deadline_keeps_what_has_been_said(policy, stub, speaker, questions):
-    whole = speaker.speak(policy, questions, [0, 1], Sampling(max_tokens=40))
-    stub.delay = 0.03
-    started = time.monotonic()
-    said = speaker.speak(policy, questions, [0, 1, 1], Sampling(max_tokens=40), deadline=started + 0.4)
-    assert time.monotonic() - started < 0.9
+    whole = speaker.speak(policy, questions, [0, 1], Sampling(max_tokens=6))
+    stub.stall = 3
+    said = speaker.speak(policy, questions, [0, 1, 1], Sampling(max_tokens=6), deadline=time.monotonic() + 0.8)
     for spoken, full in zip(said, [whole[0], whole[1], whole[1]], strict=True):
         count = len(spoken.token_ids)
-        assert 0 < count < 40 and not spoken.finished
+        assert 0 < count <= 3 and not spoken.finished
         assert spoken.token_ids == full.token_ids[:count] and torch.equal(spoken.token_logps, full.token_logps[:count])
-    (late,) = speaker.speak(policy, questions, [0], Sampling(), deadline=started)
+    (late,) = speaker.speak(policy, questions, [0], Sampling(), deadline=time.monotonic())
     assert late.token_ids == () and late.token_logps.shape == (0,) and not late.finished
-    stub.delay, sampling = 0.0, Sampling(temperature=1.0, max_tokens=3)
+    stub.stall, sampling = None, Sampling(temperature=1.0, max_tokens=3)
     timely = speaker.speak(policy, questions, [0, 0], sampling, deadline=time.monotonic() + 30)
     assert [len(one.token_ids) for one in timely] == [3, 3]
 
@@ -159,13 +162,14 @@ def test_what_passes_is_tried_again(policy, stub, speaker, questions):
         ("400", "status 400: fault 400"),
     ],
 )
-def test_other_faults_are_errors_at_once(policy, stub, questions, fault, message):
-    speaker = VllmSpeaker(stub.url, timeout=0.3 if fault == "hang" else 20.0, pause=0.01)
+def test_other_faults_are_errors_at_once(policy, stub, speaker, questions, fault, message):
     speaker.check()
+    if fault == "hang":
+        speaker.server = dataclasses.replace(speaker.server, timeout=0.3)
     stub.faults = [fault]
     with pytest.raises(Vsr1Error, match=message) as raised:
         speaker.speak(policy, questions, [0, 0], Sampling(temperature=1.0, max_tokens=1))
-    assert f"{stub.url}/inference/v1/generate" in str(raised.value) or stub.url in str(raised.value)
+    assert stub.url in str(raised.value)
     assert not stub.faults  # asked once
 
 
@@ -232,9 +236,20 @@ def test_the_wire_holds_bfloat16_and_deepstack_levels_frame_by_frame(policy):
 
 
 @pytest.mark.timeout(1800)
-def test_a_server_of_vllm_itself_agrees(questions, policy, tmp_path):
+def test_a_server_of_vllm_itself_agrees(tokenizer, frames, tmp_path):
     """Starts `vllm serve` with the flags of docs/vllm.md (minutes on a CPU); skipped where vLLM is not installed."""
     pytest.importorskip("vllm")
+    torch.manual_seed(0)
+    size = TinyConfig(
+        hidden=128, layers=3, vision_hidden=32
+    )  # heads of 32, the least that vLLM's attention on CPU takes
+    config = model_config(tokenizer, size)
+    config.vision_config.deepstack_visual_indexes = [0, 1]
+    model = Qwen3VLModel(config).eval()
+    policy = Policy.tiny(Embedder(model, tokenizer, VideoEncoder(model.visual, video_settings(size)))).eval()
+    videos = policy.videos.encode_frames([frames(4, seed=1), frames(5, seed=2)])
+    assert videos[0].deepstack.shape[0] == 2 and videos[0].deepstack.abs().max() > 0
+    questions = [Question("a circle", video, Path("made up")) for video in videos]
     export(policy, tmp_path / "model")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

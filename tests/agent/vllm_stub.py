@@ -10,7 +10,6 @@ import base64
 import json
 import struct
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -98,7 +97,7 @@ def typed(given: dict[str, Any], types: dict[str, type], where: str) -> None:
 
 
 class Stub:
-    """Settings and memory of the server: what tests set (faults, script, delay, processed) and what they read (asked, log)."""
+    """Settings and memory of the server: what tests set (faults, script, stall, processed) and what they read (asked, log)."""
 
     def __init__(self, policy: Policy, model: str = "policy") -> None:
         self.policy, self.model = policy, model
@@ -106,7 +105,7 @@ class Stub:
             str
         ] = []  # for the next generate requests: a status, "hang", "garbage", "shape", "few" or "cut"
         self.script: list[int] | None = None  # spoken instead of what is drawn
-        self.delay = 0.0  # seconds before each streamed token
+        self.stall: int | None = None  # streamed tokens after which nothing comes any more
         self.processed = True
         self.asked: list[dict[str, Any]] = []
         self.rows: list[Row] = []
@@ -288,8 +287,10 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self.end_headers()
         for index in range(wants["n"]):
-            for report, ended in self.stub.steps(row, wants, index):
-                time.sleep(self.stub.delay)
+            for count, (report, ended) in enumerate(self.stub.steps(row, wants, index)):
+                if count == self.stub.stall:
+                    self.stub.end.wait(5)
+                    return
                 part = {"token_ids": [report["token_id"]], "logprobs": {"content": [report]}, "finish_reason": ended}
                 try:
                     self.wfile.write(f"data: {json.dumps({'choices': [part | {'index': index}]})}\n\n".encode())
