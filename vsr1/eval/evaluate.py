@@ -53,10 +53,12 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The method's trajectories and the figures drawn from them, in the shape `eval.json` stores."""
+    """The method's trajectories and the figures drawn from them, in the shape `eval.json` stores; found: by query id, whether
+    the right video leads the method's last ranking once the rejected ones have left it."""
 
     trajectories: list[Trajectory]
     figures: dict[str, Any]
+    found: dict[str, float]
 
 
 @torch.no_grad()
@@ -113,7 +115,8 @@ def evaluate(
         for name in CONTROLS
     }
     figures["by_soft_tokens"] = by_soft_tokens(policy, embedder, matrix, rows, runs[METHOD], settings.resamples)
-    return Evaluation(trajectories, figures)
+    leads = zip((one.moment.query_id for one in runs[METHOD]), found[METHOD].tolist(), strict=True)
+    return Evaluation(trajectories, figures, dict(leads))
 
 
 def hits(trajectories: Sequence[Trajectory], matrix: CorpusMatrix, rows: dict[str, int], exclude: bool) -> np.ndarray:

@@ -31,6 +31,7 @@ _METRICS = {
     "ver_final": "right answers, last turn",
     "unparsable": "unparsable answers",
     "mean_iou": "mean IoU, right video accepted",
+    "R@1 excluded": "R@1, last query, rejected videos excluded",
 }
 # How many trajectories of each kind the gallery shows; a kind the run lacks gives its places to the others.
 _GALLERY = {"won after refinement": 3, "won at once": 1, "false accept": 2, "never found": 2}
