@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.ops.recorder import Recorder
 from tests.ops.soft_query import (
     NAMES,
     PARTS,
@@ -34,6 +35,10 @@ def step_of(head: nn.Module, hidden: Tensor, backend: str = "cpu", sigma: float 
         step = soft_token_step(hidden, head, sigma=sigma, generator=STREAM, backend=backend)
     assert last_backend() == backend
     return step
+
+
+def linear_layers(head: nn.Module) -> list[nn.Linear]:
+    return [module for module in head.modules() if isinstance(module, nn.Linear)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
@@ -80,13 +85,22 @@ def test_rows_in_parts_draw_what_all_rows_draw() -> None:
     assert second.noise == whole.noise == NoiseStream(STREAM.seed, STREAM.offset + 70)
 
 
-def test_the_hidden_state_may_have_another_type_and_strides() -> None:
-    head, hidden = make_head(24, 40, dtype=torch.float32), make_hidden(6, 48, torch.bfloat16).detach()[::2, ::2]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_the_hidden_state_may_have_another_type_and_strides(dtype: torch.dtype) -> None:
+    head, hidden = make_head(24, 40, dtype=torch.float32), make_hidden(6, 48, dtype).detach()[::2, ::2]
     step = step_of(head, hidden)
-    assert step.policy_input.dtype == torch.bfloat16 and step.mean.dtype == torch.float32
-    wide = step_of(head, hidden.float())
+    assert step.policy_input.dtype == dtype and step.mean.dtype == torch.float32
+    wide = step_of(head, hidden.float().contiguous())
     assert torch.equal(step.action, wide.action)
-    assert torch.equal(step.policy_input, wide.policy_input.bfloat16())
+    assert torch.equal(step.policy_input, wide.policy_input.to(dtype))
+
+
+def test_the_weights_may_have_any_strides() -> None:
+    head, hidden = make_head(24, 40, dtype=torch.float32), make_hidden(3, 24, torch.float32)
+    plain = step_of(head, hidden)
+    for layer in linear_layers(head):
+        layer.weight.data = layer.weight.data.T.contiguous().T
+    assert all(torch.equal(*pair) for pair in zip(step_of(head, hidden)[:4], plain[:4], strict=True))
 
 
 def test_nan_stays_in_its_row_and_no_rows_are_no_rows() -> None:
@@ -117,6 +131,22 @@ def test_a_frozen_head_has_gradients_in_the_hidden_states_alone() -> None:
     step = soft_token_step(hidden.detach(), head, sigma=0.3, generator=STREAM, backend="cpu")
     last = head.refine_latent_input_projector[1].weight
     assert not torch.autograd.grad(step.mean.sum(), last)[0].any()  # what no output asked for depends on
+
+
+def test_a_frozen_layer_costs_no_product() -> None:
+    """A weight's gradient is a product over the rows, of which there are as many as of nothing else here."""
+    head, hidden = make_head(24, 40, dtype=torch.float32), make_hidden(3, 24, torch.float32)
+    layers = linear_layers(head)
+    for learning in ([], *([layer] for layer in layers), layers):
+        head.requires_grad_(False)
+        for layer in learning:
+            layer.requires_grad_()
+        step = soft_token_step(hidden, head, sigma=0.3, generator=STREAM, backend="cpu")
+        total = sum(getattr(step, name).sum() for name in PARTS)
+        with Recorder() as backward:
+            total.backward()
+        found = [product for product in backward.products if product[1] == 3]
+        assert sorted(found) == sorted((layer.out_features, 3, layer.in_features) for layer in learning)
 
 
 def test_the_formula_by_finite_differences() -> None:
@@ -165,6 +195,21 @@ def test_auto_takes_the_extension_where_no_gradient_is_asked_for() -> None:
     assert last_backend() == "cpu"
     soft_token_step(hidden.detach().double(), make_head(24, 40).requires_grad_(False))
     assert last_backend() == "reference"
+
+
+def test_auto_leaves_many_rows_of_float32_without_noise_to_torch() -> None:
+    head, hidden = make_head(24, 40, dtype=torch.float32), make_hidden(33, 24, torch.float32).detach()
+
+    def served(head: nn.Module, hidden: Tensor, sigma: float = 0.0, backend: str = "auto") -> str | None:
+        with torch.no_grad():
+            soft_token_step(hidden, head, sigma=sigma, generator=STREAM, backend=backend)
+        return last_backend()
+
+    assert served(head, hidden) == "reference"
+    assert served(head, hidden[:32]) == "cpu"
+    assert served(head, hidden, sigma=0.3) == "cpu"
+    assert served(head, hidden, backend="cpu") == "cpu"
+    assert served(head.to(torch.bfloat16), hidden) == "cpu"
 
 
 class Adapted(nn.Linear):

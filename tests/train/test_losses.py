@@ -168,10 +168,24 @@ def test_half_precision_is_widened_before_any_exponential():
     half = [one.bfloat16() for one in (logp, old, torch.randn(8, generator=generator))]
     mask = torch.ones(8, 64, dtype=torch.bool)
     for loss_type in ("grpo", "gspo"):
-        found = policy_loss(*half, mask, loss_type=loss_type)[0]
-        assert found.dtype == torch.float32
-        torch.testing.assert_close(found, policy_loss(*(one.float() for one in half), mask, loss_type=loss_type)[0])
+        found, truth = (
+            policy_loss(*three, mask, loss_type=loss_type, entropy=-three[0], entropy_bonus=0.1)
+            for three in (half, [one.float() for one in half])
+        )
+        assert found[0].dtype == torch.float32
+        torch.testing.assert_close(found, truth)
     torch.testing.assert_close(sft_loss(half[0], mask), -half[0].float().mean())
+
+
+def test_rewards_and_vectors_of_half_precision_are_widened():
+    generator = torch.Generator().manual_seed(1)
+    rewards, advantage = torch.rand(8, generator=generator).bfloat16(), torch.randn(8, generator=generator)
+    torch.testing.assert_close(group_advantages(rewards, 4), group_advantages(rewards.float(), 4))
+    pair = [torch.randn(8, 4, 16, generator=generator).bfloat16() for _ in range(2)]
+    wide = [one.float() for one in pair]
+    torch.testing.assert_close(distillation_loss(*pair), distillation_loss(*wide))
+    old = gaussian_logp(*wide, 0.5) + 0.1
+    torch.testing.assert_close(latent_loss(*pair, old, advantage, 0.5), latent_loss(*wide, old, advantage, 0.5))
 
 
 class Waits(TorchDispatchMode):
