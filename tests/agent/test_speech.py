@@ -79,3 +79,10 @@ def test_numbers_up_to_a_limit(number, limit, scale):
     text = f"{number / scale:g}"
     assume("e" not in text)
     assert bool(re.fullmatch(at_most(limit / scale), text)) == (number <= limit)
+
+
+@pytest.mark.parametrize("limit", [0.0, 3.0, 3.125, 12.5, 29.97, 100.0, 123.4567])
+def test_numbers_close_to_a_limit(limit):
+    for step in (-1.0, -0.1, -0.01, -0.001, 0.0, 0.001, 0.01, 0.1, 1.0):
+        number = round(limit + step, 4)
+        assert bool(re.fullmatch(at_most(limit), f"{number}")) == (0 <= number <= limit), number

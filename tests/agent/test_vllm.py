@@ -254,12 +254,8 @@ def test_a_server_of_vllm_itself_agrees(tokenizer, frames, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = (
-        "--dtype float32 --max-model-len 2048 --enforce-eager --enable-scale-out --enable-mm-embeds "
-        "--logprobs-mode processed_logprobs"
-    )
+    flags = "--dtype float32 --max-model-len 2048 --enforce-eager --enable-scale-out --logprobs-mode processed_logprobs"
     command = ["vllm", "serve", str(tmp_path / "model"), "--port", str(port), *flags.split()]
-    command += ["--limit-mm-per-prompt", '{"image": 0, "video": 0}']
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(command, env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"}, stdout=log, stderr=log)
     try:

@@ -2,7 +2,7 @@
 
 **What is equal.** A request carries the very token ids that `agent.protocol` writes, time stamps included, and for each
 frame pair the vision tower's output that `Question.video` holds (`agent.vllm_wire`); the server tokenises nothing, decodes no
-file and needs no tower. A reply is its token ids, the closing `<REFINE>` or turn-closing token kept. Log-probabilities are
+file and runs no tower. A reply is its token ids, the closing `<REFINE>` or turn-closing token kept. Log-probabilities are
 those the server drew with: under the temperature, and where `top_p` is below 1 or the reply is constrained, of what these
 left over. `matched` is brought back to temperature 1.
 

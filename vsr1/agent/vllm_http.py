@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from vsr1.errors import Vsr1Error
 
 _PASSING = (429, 503)
+_CLOSED = (403, 404)  # what a server answers for endpoints that it was not told to open
 
 
 def _message(body: bytes) -> str:
@@ -52,7 +53,7 @@ class Server:
         return self._read("GET", path, None, "")
 
     def post(self, path: str, body: Any = None, *, hint: str = "") -> Any:
-        """The JSON that a POST answers; None where the answer is empty. hint: the way out, should the server refuse."""
+        """The JSON that a POST answers; None where the answer is empty. hint: the way out, should it be closed."""
         return self._read("POST", path, body, hint)
 
     def events(self, path: str, body: Any, deadline: float) -> Iterator[Any]:
@@ -128,8 +129,9 @@ class Server:
                         yield answer, line
                         return
                     trouble = f"status {answer.status}: {_message(answer.read())}"
+                    way_out = f": {hint}" if hint and answer.status in _CLOSED else ""
                     if answer.status not in _PASSING:
-                        raise Vsr1Error(f"vLLM at {self.url}{path}: {trouble}{f': {hint}' if hint else ''}")
+                        raise Vsr1Error(f"vLLM at {self.url}{path}: {trouble}{way_out}")
         raise Vsr1Error(
             f"vLLM at {self.url}{path}: {trouble}, {self.tries} times: is the server up (`vllm serve`, see docs/vllm.md) and "
             "the address right?"
