@@ -322,8 +322,8 @@ class Job:
     def _write(self, found: dict[str, Evaluation], queries: int, corpus_size: int) -> None:
         difference = metrics.difference(found["sft"].trajectories, found["grpo"].trajectories)
         both = [query for query in found["sft"].found if query in found["grpo"].found]
-        led = [[found[stage].found[query] for query in both] for stage in ("grpo", "sft")]
-        difference["R@1 excluded"] = metrics.paired(*led)
+        now, before = ([found[stage].found[query] for query in both] for stage in ("grpo", "sft"))
+        difference["R@1 excluded"] = metrics.paired(now, before)
         result = {
             "seed": self.config.seed,
             "split": "test",

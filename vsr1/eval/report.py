@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.eval import figures
+from vsr1.eval.curves import STAGES, learning
 from vsr1.eval.figures import STAGE_NAMES, triple
+from vsr1.eval.page import figure, note, section, table
 
 FRAMES = 6
-_UNPLOTTED = {"time", "step", "stage"}
 _RANKS = ("R@1", "R@5", "R@10", "R@100", "MRR")
 _THRESHOLDS = ("0.3", "0.5", "0.7")
 _FULL = "refinement + exclusion"
@@ -35,15 +36,6 @@ _METRICS = {
 }
 # How many trajectories of each kind the gallery shows; a kind the run lacks gives its places to the others.
 _GALLERY = {"won after refinement": 3, "won at once": 1, "false accept": 2, "never found": 2}
-_STAGES = {
-    "world": "World",
-    "vision": "Vision tower",
-    "embedder": "Embedder",
-    "sft": "Stage 1: SFT",
-    "grpo": "Stage 2: GRPO",
-    "eval": "Evaluation",
-}
-
 Json = dict[str, Any]
 
 
@@ -69,7 +61,7 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
         _ablations(stages),
         _soft_tokens(stages),
         _turns(stages),
-        _learning(log, torn),
+        learning(log, torn),
         _gallery(trajectories, video_path),
         _settings(config, evaluation),
     ]
@@ -108,29 +100,6 @@ def _log(text: str) -> tuple[list[Json], int]:
         except json.JSONDecodeError:
             torn += 1
     return records, torn
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{text}</p>'
-
-
-def _figure(svg: str, note: str) -> str:
-    return f"<figure>{svg}<figcaption>{note}</figcaption></figure>"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(
-        f'<tr class="group"><th colspan="{len(head)}">{row[0]}</th></tr>'
-        if len(row) == 1
-        else f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>"
-        for row in rows
-    )
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _is_defined(figure: Json | None) -> bool:
@@ -177,8 +146,8 @@ def _tiles(stages: Mapping[str, Json]) -> str:
         ("Mean IoU", last.get("mean_iou"), "where the right video was accepted"),
     ]
     cells = []
-    for label, figure, hint in tiles:
-        value, low, high = triple(figure)
+    for label, share, hint in tiles:
+        value, low, high = triple(share)
         shown = "—" if math.isnan(value) else f"{value:.1f}<small>%</small>"
         bounds = "" if math.isnan(value) else f"{low:.1f} to {high:.1f}"
         cells.append(
@@ -187,7 +156,7 @@ def _tiles(stages: Mapping[str, Json]) -> str:
         )
     return (
         f'<section><div class="tiles">{"".join(cells)}</div>'
-        + _note(f"Figures after {STAGE_NAMES[name]}, in percent; small numbers are 95 % bootstrap intervals.")
+        + note(f"Figures after {STAGE_NAMES[name]}, in percent; small numbers are 95 % bootstrap intervals.")
         + "</section>"
     )
 
@@ -210,10 +179,10 @@ def _results(stages: Mapping[str, Json]) -> str:
     for name, key in (("text tokens a reply", "text"), ("soft tokens a refinement", "soft")):
         rows.append([name, *(_plain((s.get("tokens") or {}).get(key)) for s in stages.values())])
     rows.append(["failed queries, left out", *(str(s.get("failed", "—")) for s in stages.values())])
-    return _section(
+    return section(
         "Results",
-        _table(["", *(f"after {STAGE_NAMES[s]}" for s in stages)], rows),
-        _note(
+        table(["", *(f"after {STAGE_NAMES[s]}" for s in stages)], rows),
+        note(
             "Percent with 95 % bootstrap intervals over queries. A rank is one more than the number of videos that "
             "score strictly higher than the right one. VCMR counts a query only if the right video was accepted with a "
             "span of that IoU; accepting a wrong video ends the loop with nothing. An unparsable answer is a wrong one."
@@ -226,9 +195,9 @@ def _difference(difference: Mapping[str, Json]) -> str:
     if not shares:
         return ""
     sure = sum(low > 0 or high < 0 for _, low, high in map(triple, shares.values()))
-    return _section(
+    return section(
         "What GRPO changed",
-        _figure(
+        figure(
             figures.differences(shares, "GRPO minus SFT"),
             "Paired differences over the same queries with 95 % intervals. Grey ones hold zero: no change that these "
             f"queries could prove. {sure} of {len(shares)} do not; by chance alone about one in twenty would not.",
@@ -249,29 +218,29 @@ def _ablations(stages: Mapping[str, Json]) -> str:
         for stage, ablations in tested.items():
             found = {**ablations.get(name, {}), **(ablations.get(name, {}).get("vcmr") or {})}
             rows[name][stage] = {title: found.get(key) for key, title in columns.items()}
-    table = _table(
+    as_table = table(
         ["", *(f"{title}, {STAGE_NAMES[stage]}" for title in columns.values() for stage in tested)],
         [
             [escape(name), *(_percent(rows[name][stage][title]) for title in columns.values() for stage in tested)]
             for name in names
         ],
     )
-    return _section(
+    return section(
         "Does refinement earn it?",
-        _note(
+        note(
             "Only queries whose first video was rejected get a second search, and any other video shown there can "
             "gain: a rise of R@1 proves nothing by itself. What refinement earns is its distance to <b>exclusion "
             "only</b>, the next video of the first ranking. <b>Random soft tokens</b> show what any disturbance of "
             "the query gains, <b>blank</b> and <b>shuffled video</b> whether refinement looked at what it rejected."
         ),
         _gain(stages),
-        _figure(
+        figure(
             figures.ablations(list(columns.values()), rows),
             "Full colour: the method; pale: its controls"
             + (f" ({' above '.join(STAGE_NAMES[s] for s in tested)} in each pair)." if len(tested) > 1 else ".")
             + " Black lines are 95 % intervals. The middle panel looks only at queries whose first video was wrong.",
         ),
-        f"<details><summary>The same as a table</summary>{table}</details>",
+        f"<details><summary>The same as a table</summary>{as_table}</details>",
     )
 
 
@@ -285,7 +254,7 @@ def _gain(stages: Mapping[str, Json]) -> str:
     }
     if not gains:
         return ""
-    return _figure(
+    return figure(
         figures.differences(gains, "gain of refinement + exclusion"),
         "The method minus each control over the queries whose first video was wrong: how much more often the second "
         "video shown is the right one. Where the interval holds zero (grey) refinement earned nothing provable.",
@@ -300,9 +269,9 @@ def _soft_tokens(stages: Mapping[str, Json]) -> str:
     }
     if not lines:
         return ""
-    return _section(
+    return section(
         "Soft tokens",
-        _figure(
+        figure(
             figures.against({"R@1 over the whole corpus": lines}, "soft tokens inserted", "no soft tokens"),
             "R@1 when only the first n soft tokens of a refinement are inserted; n = 0 is the plain query. A line that "
             "rises steadily says that later tokens add something; bands are 95 % intervals of each point alone.",
@@ -320,35 +289,14 @@ def _turns(stages: Mapping[str, Json]) -> str:
     }
     if not panels:
         return ""
-    return _section(
+    return section(
         "Turns",
-        _figure(
+        figure(
             figures.against(panels, "turns allowed"),
             "The same trajectories cut after 1, 2, .. turns: an accept counts only if it had come by then. The rise "
             "after the first turn is what looking again brings, by exclusion and refinement together.",
         ),
     )
-
-
-def _learning(log: Sequence[Json], torn: int) -> str:
-    parts = []
-    for stage in dict.fromkeys(record["stage"] for record in log):
-        by_step = {record["step"]: record for record in log if record["stage"] == stage}  # a resumed run repeats steps
-        records = [by_step[step] for step in sorted(by_step)]
-        series: dict[str, tuple[list[float], list[float]]] = {}
-        for key in dict.fromkeys(key for record in records for key in record if key not in _UNPLOTTED):
-            points = [(r["step"], r[key]) for r in records if isinstance(r.get(key), int | float)]
-            points = [(step, value) for step, value in points if math.isfinite(value)]
-            if points:
-                series[key] = ([step for step, _ in points], [value for _, value in points])
-        if series:
-            caption = f"{len(records)} logged steps. Thin: as logged; thick: mean over a twentieth of the stage."
-            colour = figures.COLOURS.get(stage, figures.MUTED)
-            title = escape(_STAGES.get(stage, str(stage)))
-            parts.append(f"<h3>{title}</h3>{_figure(figures.curves(series, colour), caption)}")
-    if torn:
-        parts.append(_note(f"Torn lines of log.jsonl, as a killed run may leave them, that are not shown: {torn}."))
-    return _section("Learning", *parts) if parts else ""
 
 
 def _kind(trajectory: Json) -> str:
@@ -393,9 +341,9 @@ def _gallery(trajectories: Sequence[Json], video_path: Callable[[str], Path]) ->
             f"its rank: {ranks} (last query)</p></header>"
             f"{turns}</article>"
         )
-    return _section(
+    return section(
         "Trajectories",
-        _note(
+        note(
             f"The first of each kind in the order of the test file, not the prettiest. Of {sum(counts.values())}: "
             f"{', '.join(f'{count} {kind}' for kind, count in counts.items())}. Under the frames: "
             '<i class="true">the true span</i> where the right video is shown, and <i class="said">the span the policy '
@@ -437,9 +385,9 @@ def _strip(video_path: Callable[[str], Path], video_id: str) -> tuple[str, float
 
 def _settings(config: str, evaluation: Json) -> str:
     seconds = evaluation.get("stages_seconds") or {}
-    rows = [[escape(_STAGES.get(stage, stage)), _duration(spent)] for stage, spent in seconds.items()]
-    times = _table(["stage", "time"], rows) if rows else ""
-    return _section(
+    rows = [[escape(STAGES.get(stage, stage)), _duration(spent)] for stage, spent in seconds.items()]
+    times = table(["stage", "time"], rows) if rows else ""
+    return section(
         "Settings", times, f"<details><summary>config.yaml</summary><pre>{escape(config.strip())}</pre></details>"
     )
 
