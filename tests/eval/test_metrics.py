@@ -291,3 +291,38 @@ def test_tvr_recall_reads_a_hundred_predictions_and_accepts_the_threshold_itself
 def test_tvr_recall_refuses_other_queries() -> None:
     with pytest.raises(ValueError, match=r"must be the same: \['a', 'b'\]"):
         metrics.tvr_recall({"a": []}, [Moment("b", "", "v", 0.0, 1.0)])
+
+
+def test_what_refining_earned_at_each_turn() -> None:
+    found = [
+        trajectory([turn("a", 4, "not_matched", soft=8), turn("b", 2, "not_matched", soft=8)], 1, "turns"),
+        trajectory([turn("a", 5, "not_matched", soft=8), turn("v0", 1, "matched")], 1, "matched"),
+        trajectory([turn("a", 3, "not_matched"), turn("b", 3, None)], 3, "turns"),
+        trajectory([turn("a", 9, "not_matched", soft=8)], 1, "failed"),
+    ]
+    # two videos verified in one turn: the refinement is measured against the next turn, not against its neighbour
+    both = [turn("a", 8, "not_matched", soft=8), turn("b", 8, "not_matched")]
+    found.append(Trajectory(found[0].moment, tuple(both), VECTOR, 2, "turns"))
+    first, second = (1 / 2 - 1 / 4 + 1 - 1 / 5 + 1 / 2 - 1 / 8) / 3, 1 - 1 / 2
+    assert metrics.refine_gains(found) == {1: (pytest.approx(first), 3), 2: (pytest.approx(second), 1)}
+
+
+def test_an_answer_fallen_back_on_counts_where_nothing_was_accepted() -> None:
+    rejected = [turn("v1", 2, "not_matched"), turn("v0", 1, "not_matched")]
+    right = replace(turn("v0", 1, "matched", (2.0, 8.0)), number=2)
+    wrong = replace(turn("v1", 1, "matched", (2.0, 8.0)), number=1)
+    found = [
+        trajectory(rejected, 1, "turns"),
+        replace(trajectory(rejected, 1, "turns"), fallback=right),
+        replace(trajectory(rejected, 1, "turns"), fallback=wrong),
+        trajectory([turn("v0", 1, "matched", (2.0, 8.0))], 1, "matched"),
+    ]
+    values = metrics.per_query(found)
+    assert values["vcmr 0.5"].tolist() == [0, 0, 0, 1]
+    assert values["answered 0.5"].tolist() == [0, 1, 0, 1]
+
+
+def test_tokens_of_a_refinement_in_words() -> None:
+    told = [replace(turn("v1", 2, "not_matched", soft=8), rewriting=(1,) * 9), turn("v0", 1, "matched")]
+    values = metrics.per_query([trajectory(told, 1, "matched"), trajectory([turn("v0", 1, "matched")], 1, "matched")])
+    assert values["hard"][0] == 9 and math.isnan(values["hard"][1])

@@ -138,9 +138,11 @@ def refine_gains(trajectories: Sequence[Trajectory]) -> dict[int, tuple[float, i
     next one, over the trajectories that refined there, and how many these are."""
     gains: dict[int, list[float]] = {}
     for one in trajectories:
-        following = [*(turn.rank for turn in one.turns[1:]), one.final_rank]
-        for turn, after in zip(one.turns, following, strict=True):
-            if turn.actions is not None and turn.rank and after and one.stop != "failed":
+        if one.stop == "failed":
+            continue
+        for turn in one.turns:
+            after = next((later.rank for later in one.turns if later.number > turn.number), one.final_rank)
+            if turn.actions is not None and turn.rank and after:
                 gains.setdefault(turn.number, []).append(1 / after - 1 / turn.rank)
     return {number: (float(np.mean(found)), len(found)) for number, found in sorted(gains.items())}
 
