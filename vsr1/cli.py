@@ -141,15 +141,23 @@ def ask(argv: Sequence[str]) -> int:
         arguments = parser.parse_args(list(argv))
         if arguments.turns < 1:
             raise ConfigError(f"--turns must be at least 1, got {arguments.turns}")
+        from vsr1.agent.rollout import LoopSettings
         from vsr1.engine import Engine
 
         _no_bars()
 
-        found = Engine.open_run(arguments.run).ask(arguments.text, turns=arguments.turns)
+        settings = LoopSettings(turns=arguments.turns, fall_back=True)
+        found = Engine.open_run(arguments.run).ask(arguments.text, settings=settings)
         for number, turn in enumerate(found.turns, 1):
-            print(f"turn {number}: {turn.video_id}  score {turn.score:.3f}  {turn.reply.answer}  {turn.reply.think}")
+            sure = "" if turn.probability is None else f" ({turn.probability:.0%})"
+            print(
+                f"turn {number}: {turn.video_id}  score {turn.score:.3f}  {turn.reply.answer}{sure}  {turn.reply.think}"
+            )
         accepted = found.accepted
-        if accepted is None:
+        if accepted is None and found.fallback is not None:
+            best = found.fallback
+            print(f"not found; most likely: {best.video_id}  {best.reply.start} to {best.reply.end} s")
+        elif accepted is None:
             print("not found")
         else:
             print(f"found: {accepted.video_id}  {accepted.reply.start} to {accepted.reply.end} s")

@@ -38,8 +38,9 @@ class Engine:
             raise ConfigError(f"'{folder}' is no run folder (no config.yaml in it)")
         return cls.open(run / "corpus" / "test", run / "models" / "policy-grpo", run / "models" / "embedder")
 
-    def ask(self, text: str, *, turns: int = 3) -> Trajectory:
-        """Search for `text`; the trajectory's `accepted` turn, if any, holds the video and the span in seconds."""
-        settings = LoopSettings(turns=turns)
+    def ask(self, text: str, *, turns: int = 3, settings: LoopSettings | None = None) -> Trajectory:
+        """Search for `text`; the trajectory's `accepted` turn, if any, holds the video and the span in seconds. `settings`
+        asks for more than the number of turns, and overrides it."""
+        settings = settings or LoopSettings(turns=turns)
         (found,) = rollout.run(self.policy, self.embedder, self.corpus, [Moment("asked", text)], settings=settings)
         return found
