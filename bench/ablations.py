@@ -139,7 +139,7 @@ def run(folders: Sequence[Path], only: Sequence[str]) -> None:
 def table(kept: dict[str, dict[str, dict[str, Figures]]]) -> str:
     """The table and the paired differences, means over the seeds and each seed."""
     lines = [
-        "| | VCMR, IoU ≥ 0.5 | excluded only | R@1, rejected excluded | excluded only | with tokens accumulating | verification |",
+        "| | VCMR, IoU ≥ 0.5 | excluded only | R@1, rejected excluded | excluded only | accumulating | verification |",
         "|---|---|---|---|---|---|---|",
     ]
     columns = (

@@ -10,7 +10,15 @@ import torch
 
 from vsr1.errors import ConfigError
 from vsr1.records import Moment, Reply, Trajectory, Turn
-from vsr1.train.rewards import REWARDS, RewardContext, refined_queries, retrieval_probability, reward_function, total
+from vsr1.train.rewards import (
+    REWARDS,
+    RewardContext,
+    progress,
+    refined_queries,
+    retrieval_probability,
+    reward_function,
+    total,
+)
 
 MOMENT = Moment("q1", "a dog jumps", video_id="right", start=10.0, end=20.0, duration=60.0)
 
@@ -196,3 +204,36 @@ def test_refined_queries_are_the_ones_that_follow():
     assert queries.shape == (0, 3)
     with pytest.raises(ValueError, match="turn 0 was refined but led to no query"):
         refined_queries(trajectory(turn(actions=refined), final=None))
+
+
+def test_verdicts_judge_every_turn_where_answer_judges_the_last():
+    """A policy that rejects everything earns `answer` although it threw the right video away; `verdicts` shows it."""
+    no = [turn("right", "not_matched"), turn("a", "not_matched"), turn("b", "not_matched")]
+    assert value("answer", *no) == 1.0
+    assert value("verdicts", *no) == pytest.approx(1 / 3)
+    assert value("verdicts", turn("a", "not_matched"), turn("right", "matched"), stop="matched") == 1.0
+    assert value("verdicts", turn("a", "matched"), stop="matched") == -1.0
+
+
+@pytest.mark.parametrize(
+    ("turns", "stop", "expected"),
+    [
+        ([turn("a", "not_matched"), turn("right", "matched", 10, 15)], "matched", 0.5),
+        ([turn("a", "matched", 10, 20)], "matched", 0.0),
+        ([turn("right", "not_matched"), turn("a", "not_matched")], "turns", 0.0),
+        ([turn("right", "matched")], "matched", 0.0),
+    ],
+    ids=["right", "wrong-video", "nothing", "no-span"],
+)
+def test_found_is_the_overlap_of_what_was_accepted(turns, stop, expected):
+    assert value("found", *turns, stop=stop) == pytest.approx(expected)
+
+
+def test_progress_counts_what_a_reader_watches():
+    found = [
+        trajectory(turn("a", "not_matched"), turn("right", "matched", 10, 16), stop="matched"),
+        trajectory(turn("right", "matched", 10, 12), stop="matched"),
+        trajectory(turn("right", "not_matched"), turn("a", "not_matched"), turn("b", None)),
+    ]
+    expected = {"vcmr": 1 / 3, "ver": 4 / 6, "accepted_right": 2 / 3, "turns": 2.0}
+    assert progress(found) == pytest.approx(expected)

@@ -96,12 +96,12 @@ class GrpoTraining:
     pack_tokens: int = 16384
     rewards: dict[str, float] = field(
         default_factory=lambda: {
-            "answer": 1.2,
+            "found": 1.5,
+            "verdicts": 1.0,
             "think_format": 0.05,
             "time_format": 0.05,
-            "time_iou": 0.45,
             "refine_presence": 0.1,
-            "retrieval": 0.8,
+            "retrieval": 0.4,
         }
     )
 

@@ -1,9 +1,9 @@
 """What a roll-out is worth: pure functions of a `Trajectory`, added up by weight.
 
-Every reward reads the final executed turn, the one whose reply ended the loop. The retrieval reward needs the corpus,
-which these functions never see: the caller scans it with the queries (`final_query`, or `refined_queries` for the
-per-turn reward of the soft tokens), turns scores into probabilities with `retrieval_probability`, and passes the result
-in a `RewardContext`. Failed trajectories are not rewarded; callers mask them out first.
+Most rewards read the final executed turn, the one whose reply ended the loop; `verdicts` reads all of them. The retrieval
+reward needs the corpus, which these functions never see: the caller scans it with the queries (`final_query`, or
+`refined_queries` for the per-turn reward of the soft tokens), turns scores into probabilities with `retrieval_probability`,
+and passes the result in a `RewardContext`. Failed trajectories are not rewarded; callers mask them out first.
 """
 
 from __future__ import annotations
@@ -39,6 +39,23 @@ RewardFunction = Callable[[Trajectory, RewardContext], float]
 def answer(trajectory: Trajectory, context: RewardContext) -> float:
     """+1 if the verdict is right (`matched` exactly when the true video is shown), else -1, also when unparsable."""
     return 1.0 if _answer_is_right(trajectory) else -1.0
+
+
+def verdicts(trajectory: Trajectory, context: RewardContext) -> float:
+    """Mean of +1 for a right and -1 for a wrong verdict over all turns. Where the loop goes on, `answer` pays nothing for
+    the turns before the last: a policy that rejects everything earns it almost always, the right video included."""
+    _final_turn(trajectory)
+    right = [answer_is_right(turn, trajectory.moment) for turn in trajectory.turns]
+    return 2 * sum(right) / len(right) - 1
+
+
+def found(trajectory: Trajectory, context: RewardContext) -> float:
+    """What the loop is for: the temporal IoU of the accepted span if the accepted video is the right one, else 0."""
+    _final_turn(trajectory)
+    accepted = trajectory.accepted
+    if accepted is None or not answer_is_right(accepted, trajectory.moment):
+        return 0.0
+    return overlap(accepted.reply, trajectory.moment)
 
 
 def think_format(trajectory: Trajectory, context: RewardContext) -> float:
@@ -77,17 +94,19 @@ def overlap(reply: Reply, moment: Moment) -> float:
     return shared / ((end - start) + (reply.end - reply.start) - shared)
 
 
-def progress(found: Sequence[Trajectory]) -> dict[str, float]:
+def progress(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """How trajectories fare, for the log: vcmr (share that accepted the right video with a span of IoU 0.5 or more), ver
     (right answers among all), accepted_right, turns."""
-    accepted = [one for one in found if one.accepted is not None and one.accepted.video_id == one.moment.video_id]
+    accepted = [
+        one for one in trajectories if one.accepted is not None and one.accepted.video_id == one.moment.video_id
+    ]
     grounded = [one for one in accepted if overlap(one.turns[-1].reply, one.moment) >= 0.5]
-    answers = [answer_is_right(turn, one.moment) for one in found for turn in one.turns]
+    answers = [answer_is_right(turn, one.moment) for one in trajectories for turn in one.turns]
     return {
-        "vcmr": len(grounded) / len(found),
+        "vcmr": len(grounded) / len(trajectories),
         "ver": sum(answers) / len(answers),
-        "accepted_right": len(accepted) / len(found),
-        "turns": sum(len(one.turns) for one in found) / len(found),
+        "accepted_right": len(accepted) / len(trajectories),
+        "turns": sum(len(one.turns) for one in trajectories) / len(trajectories),
     }
 
 
@@ -110,6 +129,8 @@ def retrieval(trajectory: Trajectory, context: RewardContext) -> float:
 
 REWARDS: dict[str, RewardFunction] = {
     "answer": answer,
+    "verdicts": verdicts,
+    "found": found,
     "think_format": think_format,
     "time_format": time_format,
     "time_iou": time_iou,
