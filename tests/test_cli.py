@@ -80,7 +80,7 @@ def test_quick_and_another_preset(one_line: Callable[..., str]) -> None:
         (["--sft.optimisation.learning-rate", "-1"], "'sft.optimisation.learning_rate'"),
         (["--grpo.group", "1"], "'grpo.group'"),
         (["--grpo.loss-type", "ppo"], "loss-type"),
-        (["--reward", "kindness"], "'kindness'; known: answer, think_format"),
+        (["--reward", "kindness"], "'kindness'; known: answer, verdicts"),
         (["--reward", "answer=much"], "'much'"),
         (["--reward", "answer=nan"], "'answer'"),
         (["--reward", "no_such_module:kindness"], "'no_such_module' does not import"),
