@@ -175,8 +175,13 @@ _ABOVE_ZERO = (
     ),
     *("evaluation.turns", "evaluation.max_tokens", "evaluation.resamples"),
 )
+_SHARES = (
+    *(f"{stage}.optimisation.final_fraction" for stage in _STAGES_TRAINED),
+    *("embedder.focus_from", "embedder.drop", "embedder.keywords", "sft.refine_from", "sft.contrast_from"),
+    *("grpo.bootstrapped", "grpo.curriculum", "grpo.clip_low"),
+)
 _NOT_BELOW_ZERO = (
-    *("seed", "workers", "evaluation.queries", "evaluation.calibration"),
+    *("seed", "workers", "evaluation.queries", "evaluation.calibration", "vision.shape_weight", "embedder.backgrounds"),
     *("grpo.sigma", "grpo.beta", "grpo.latent_weight", "grpo.contrast_weight", "grpo.clip_high"),
     *("grpo.validate_every", "grpo.validation_queries", "grpo.lora_rank"),
     *("sft.answer_weight", "sft.mark_weight", "sft.distillation_weight", "sft.contrast_weight"),
@@ -204,10 +209,9 @@ def check(config: RunConfig) -> None:
     need("model.soft_tokens", f"{words}, one for each canonical word", lambda value: value == words)
     need("sft.matched", "between 0 and 1", lambda value: 0 < value < 1)
     need("sft.batch", "enough for a rejected row", lambda value: math.ceil(sft.matched * value) < value)
-    need("grpo.bootstrapped", "from 0 to 1", lambda value: 0 <= value <= 1)
+    for where in _SHARES:
+        need(where, "from 0 to 1", lambda value: 0 <= value <= 1)
     need("grpo.group", "at least 2 for an advantage within the group", lambda value: value >= 2)
-    need("grpo.clip_low", "from 0 to 1", lambda value: 0 <= value <= 1)
-    need("grpo.curriculum", "from 0 to 1", lambda value: 0 <= value <= 1)
     need("grpo.top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
     for name, weight in config.grpo.rewards.items():
         if not math.isfinite(weight):

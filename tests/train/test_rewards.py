@@ -169,7 +169,9 @@ def test_the_users_own_reward(monkeypatch):
 
 @pytest.mark.parametrize("name", ["anwser", "", ":", "math:", ":sqrt"])
 def test_an_unknown_reward_lists_the_known(name):
-    with pytest.raises(ConfigError, match="answer, verdicts, found, think_format, time_format, time_iou, refine_presence, retrieval"):
+    with pytest.raises(
+        ConfigError, match="answer, verdicts, found, think_format, time_format, time_iou, refine_presence, retrieval"
+    ):
         total(trajectory(turn()), {name: 1.0})
 
 
