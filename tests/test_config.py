@@ -45,8 +45,8 @@ def test_changed_settings_survive_the_disk(tmp_path: Path) -> None:
 
 
 def test_a_preset_is_a_fresh_copy() -> None:
-    preset("tiny").grpo.rewards["answer"] = 0.0
-    assert preset("tiny").grpo.rewards["answer"] > 0
+    preset("tiny").grpo.rewards["found"] = 0.0
+    assert preset("tiny").grpo.rewards["found"] > 0
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:

@@ -66,7 +66,7 @@ def rolled(policy: Policy, world: World, shelf: Shelf) -> Rolled:
 
 
 SETTINGS = GrpoTraining(
-    beta=0.3, sigma=0.1, clip_low=5e-1, clip_high=5e-1, sampling_temperature=0.8, contrast_weight=0.0
+    beta=0.3, latent_beta=0.4, sigma=0.1, clip_low=5e-1, clip_high=5e-1, sampling_temperature=0.8, contrast_weight=0.0
 )
 
 
@@ -85,7 +85,7 @@ def plain_soft(policy: Policy, row: Row, actions: Tensor) -> Tensor:
 
 
 def plain_loss(
-    policy: Policy, reference: Policy, embedder: Embedder, shelf: Shelf, rolled: Rolled, settings: Any
+    policy: Policy, reference: Any, embedder: Embedder, shelf: Shelf, rolled: Rolled, settings: Any
 ) -> Tensor:
     """The same formulas over padded rows of plain passes."""
 
@@ -94,15 +94,17 @@ def plain_loss(
         logits = model.model.lm_head(hidden[0, -len(ids) - 1 : -1]) / settings.sampling_temperature
         return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
-    now, before, old, advantages, soft, queries, positive = [], [], [], [], [], [], []
+    now, before, old, advantages, soft, anchors, queries, positive = [], [], [], [], [], [], [], []
     for one, advantage in zip(rolled.found, rolled.judged.text_advantage, strict=True):
         for turn in one.turns:
             video = shelf.features(turn.video_id)
             prompt = protocol.prompt(policy.tokenizer, one.moment.text, video, system=policy.settings.system)
             row = Row((*prompt.token_ids, *turn.token_ids), video)
             now.append(logps(policy, row, turn.token_ids))
-            with torch.no_grad():
-                before.append(logps(reference, row, turn.token_ids))
+            with torch.no_grad(), reference() as frozen:
+                before.append(logps(frozen, row, turn.token_ids))
+                if turn.actions is not None:
+                    anchors.append(plain_soft(frozen, row, turn.actions))
             old.append(turn.token_logps)
             advantages.append(advantage)
             if turn.actions is not None:
@@ -119,7 +121,8 @@ def plain_loss(
     means, actions, latents = (torch.stack(part) for part in zip(*soft, strict=True))
     drawn = gaussian_logp(actions, latents, settings.sigma)
     latent, _ = latent_loss(means, actions, drawn, rolled.judged.turn_advantage, settings.sigma, 0.5)
-    loss = loss + settings.latent_weight * latent
+    drift = (means - torch.stack(anchors)).square().mean() / (2 * settings.sigma**2)
+    loss = loss + settings.latent_weight * latent + settings.latent_beta * drift
     if settings.contrast_weight:
         contrast = info_nce(torch.cat(queries), shelf.matrix(), torch.tensor(positive), settings.temperature).mean()
         loss = loss + settings.contrast_weight * contrast
@@ -132,7 +135,7 @@ def gradients(policy: Policy) -> dict[str, Tensor]:
     return found
 
 
-def packed(policy: Policy, reference: Policy, embedder: Embedder, shelf: Shelf, rolled: Rolled, settings: Any) -> Any:
+def packed(policy: Policy, reference: Any, embedder: Embedder, shelf: Shelf, rolled: Rolled, settings: Any) -> Any:
     numbers: dict[str, float] = {}
     packs = grpo.pack(rolled, policy, shelf, settings)
     total = 0.0
@@ -158,7 +161,8 @@ def test_a_packed_update_equals_plain_rows(
     expected.backward()
     plain = gradients(policy)
     assert loss == pytest.approx(float(expected.detach()), rel=1e-7)
-    assert numbers["loss"] == pytest.approx(loss - numbers["latent_loss"], rel=1e-5)
+    assert numbers["loss"] == pytest.approx(loss - numbers["latent_loss"] - 0.4 * numbers["latent_kl"], rel=1e-5)
+    assert numbers["latent_kl"] > 1e-6
     assert set(ours) == set(plain)
     scale = max(float(one.abs().max()) for one in plain.values())
     for name, one in plain.items():

@@ -160,7 +160,7 @@ def update(
     embedder: Embedder,
     shelf: Shelf,
     step: tuple[list[Trajectory], grpo.Judged, GrpoTraining],
-    reference: Policy | None = None,
+    reference: grpo.Reference | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of an update as training would differentiate it, and its numbers."""
     found, judged, settings = step
@@ -185,7 +185,8 @@ def test_a_grpo_step_teaches_model_and_head_and_leaves_the_reference_alone(
 ) -> None:
     settings = step[2]
     reference = grpo.frozen_copy(tiny_policy)
-    before = {name: weight.clone() for name, weight in reference.named_parameters()}
+    with reference() as frozen:
+        before = {name: weight.clone() for name, weight in frozen.named_parameters()}
     groups = sft.trainable(tiny_policy, settings.head_learning_rate)
     loss, _ = update(tiny_policy, tiny_embedder, shelf, step, reference)
     loss.backward()
@@ -203,10 +204,8 @@ def test_a_grpo_step_teaches_model_and_head_and_leaves_the_reference_alone(
     assert all(weight.grad is None for weight in tiny_policy.videos.visual.parameters())
 
     torch.optim.SGD([weight for group in groups for weight in group["params"]], lr=1e-2).step()
-    assert all(
-        weight.grad is None and torch.equal(weight, before[name]) for name, weight in reference.named_parameters()
-    )
-    assert reference.videos.visual is tiny_policy.videos.visual
+    assert all(weight.grad is None and torch.equal(weight, before[name]) for name, weight in frozen.named_parameters())
+    assert frozen.videos.visual is tiny_policy.videos.visual
     _, moved = update(tiny_policy, tiny_embedder, shelf, step, reference)
     assert moved["kl"] > 1e-7
 

@@ -59,7 +59,8 @@ class GrpoTraining:
     deviation: "mean", "leave_one_out"); dr_grpo divides by `max_tokens`. Groups without variance teach nothing and are
     left out.
 
-    sigma: exploration of the soft tokens, in units of their coordinates. beta: weight of the KL to the policy it starts from.
+    sigma: exploration of the soft tokens, in units of their coordinates. beta, latent_beta: weights of the KL to the policy it
+    starts from, of the text and of the soft tokens (which otherwise drift while the text learns).
     latent_weight of the soft tokens' policy gradient, contrast_weight of their InfoNCE. temperature: of the softmax over the
     corpus in both and in the retrieval reward. pack_tokens: most tokens that one forward and backward pass holds.
     """
@@ -90,6 +91,7 @@ class GrpoTraining:
     clip_high: float = 0.2
     beta: float = 0.01
     sigma: float = 0.1
+    latent_beta: float = 1.0
     latent_weight: float = 1.0
     contrast_weight: float = 0.3
     temperature: float = 0.1
@@ -369,9 +371,14 @@ def _loss(
     loss = logps.new_zeros(())
     stats: dict[str, float] = {}
     learned = torch.tensor([reply.text_advantage != 0 for reply in one.replies], device=logps.device)
+    rows = [row for row, reply in enumerate(one.replies) if reply.turn.actions is not None]
+    with torch.no_grad(), reference() as frozen:
+        reference_logps, reference_last, reference_state = _read(frozen, one, settings)
+        anchor = None
+        if rows and settings.latent_beta and settings.sigma:
+            turns = [one.replies[row].turn for row in rows]
+            anchor = _replay(frozen, reference_last, reference_state, turns, rows, settings.sigma)[0].means
     if bool(learned.any()):
-        with torch.no_grad(), reference() as frozen:
-            reference_logps, _, _ = _read(frozen, one, settings)
         lengths = torch.tensor([len(reply.turn.token_ids) for reply in one.replies], device=logps.device)
         mask = (torch.arange(logps.shape[1], device=logps.device) < lengths[:, None]) & learned[:, None]
         old = torch.nn.utils.rnn.pad_sequence([reply.turn.token_logps for reply in one.replies], batch_first=True)
@@ -390,9 +397,8 @@ def _loss(
         )
         share = int(mask.sum()) / totals.tokens
         stats = {name: value if name == "loss" else share * value for name, value in found.items()}
-    rows = [row for row, reply in enumerate(one.replies) if reply.turn.actions is not None]
-    if rows and ((settings.latent_weight and settings.sigma) or settings.contrast_weight):
-        latent, latent_stats = _soft_losses(policy, embedder, shelf, one, rows, last, state, settings)
+    if rows and (anchor is not None or (settings.latent_weight and settings.sigma) or settings.contrast_weight):
+        latent, latent_stats = _soft_losses(policy, embedder, shelf, one, rows, last, state, anchor, settings)
         share = len(rows) / totals.refined
         loss = loss + share * latent
         stats |= {name: share * value for name, value in latent_stats.items()}
@@ -430,9 +436,12 @@ def _soft_losses(
     rows: Sequence[int],
     last: Tensor,
     state: State,
+    anchor: Tensor | None,
     settings: GrpoTraining,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Policy gradient of the soft tokens that were drawn, and InfoNCE of the query that their means make."""
+    """Policy gradient of the soft tokens that were drawn, InfoNCE of the query that their means make, and the KL to the
+    reference, whose means are `anchor` (M, n, D): mean (mean - anchor)^2 / (2 sigma^2), coordinates averaged as in
+    `gaussian_logp`."""
     replies = [one.replies[row] for row in rows]
     soft, old = _replay(policy, last, state, [reply.turn for reply in replies], rows, settings.sigma)
     loss = soft.means.new_zeros(())
@@ -442,6 +451,10 @@ def _soft_losses(
         latent, found = latent_loss(soft.means, soft.actions, old, advantage, settings.sigma, settings.clip_low)
         loss = loss + settings.latent_weight * latent
         stats |= {f"latent_{name}": value for name, value in found.items()}
+    if anchor is not None:
+        drift = (soft.means - anchor).square().mean() / (2 * settings.sigma**2)
+        loss = loss + settings.latent_beta * drift
+        stats["latent_kl"] = float(drift.detach())
     if settings.contrast_weight:
         contrast = _contrast(policy, embedder, shelf, replies, soft.means, settings)
         loss = loss + settings.contrast_weight * contrast
