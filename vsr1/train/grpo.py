@@ -238,7 +238,7 @@ def judge(found: Sequence[Trajectory], shelf: Shelf, settings: GrpoTraining, gro
         both = retrieval_probability(torch.stack([*before, *after]), 2 * owners, shelf, settings.temperature).cpu()
         chances = both[len(before) :]
         gain = chances - both[: len(before)]
-        turn_advantage, _ = group_advantages(chances, torch.tensor(kinds))
+        turn_advantage, _ = group_advantages(chances, torch.tensor(kinds), mode=settings.advantage)
     kind, place = torch.tensor(kinds), torch.tensor(places)
     spread = [chances[kind == one].var() for one in set(kinds) if kinds.count(one) > 1]
     numbers = {f"reward_{name}": float(np.mean([each[name] for each in parts])) for name in settings.rewards}
