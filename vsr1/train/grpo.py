@@ -55,8 +55,9 @@ class GrpoTraining:
     speaker: what speaks the text, the own engine or a vLLM server at `vllm_url`. lora_rank: train low-rank adapters of that
     rank instead of all weights (0); the reference is then the model without them, and no second copy is held.
 
-    advantage: how the rewards of a query's group are compared (dr_grpo and leave-one-out estimates want no division by the
-    deviation: "mean", "leave_one_out"); dr_grpo divides by `max_tokens`. Groups without variance teach nothing and are
+    advantage: how the rewards of a query's group are compared. Rewards here differ a little even where all verdicts agree,
+    and divided by the group's deviation ("std") such a hair counts as much as a right answer; "mean" and "leave_one_out"
+    leave it small. dr_grpo divides by `max_tokens`. Groups without variance teach nothing and are
     left out.
 
     sigma: exploration of the soft tokens, in units of their coordinates. beta, latent_beta: weights of the KL to the policy it
@@ -66,13 +67,13 @@ class GrpoTraining:
     """
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=50, learning_rate=1e-5, warmup=5, weight_decay=0.0, muon=0.0)
+        default_factory=lambda: Optimisation(steps=40, learning_rate=3e-5, warmup=5, weight_decay=0.0, muon=0.0)
     )
-    head_learning_rate: float = 2e-5
-    videos: int = 400
-    queries: int = 2
+    head_learning_rate: float = 1e-4
+    videos: int = 1200
+    queries: int = 16
     bootstrapped: float = 0.5
-    group: int = 8
+    group: int = 4
     turns: int = 3
     curriculum: float = 0.0
     validate_every: int = 10
@@ -86,15 +87,15 @@ class GrpoTraining:
     top_p: float = 1.0
     max_tokens: int = 88
     loss_type: LossType = "grpo"
-    advantage: AdvantageMode = "std"
+    advantage: AdvantageMode = "mean"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    beta: float = 0.01
+    beta: float = 0.02
     sigma: float = 0.1
-    latent_beta: float = 1.0
+    latent_beta: float = 0.1
     latent_weight: float = 1.0
     contrast_weight: float = 0.3
-    temperature: float = 0.1
+    temperature: float = 0.05
     pack_tokens: int = 16384
     rewards: dict[str, float] = field(
         default_factory=lambda: {
