@@ -39,6 +39,7 @@ from vsr1.train.grpo import train_grpo
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper
 from vsr1.train.monitor import Monitor
+from vsr1.train.sft import train_sft
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results" / "ablations.json"
@@ -51,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "turn-reward": {"latent_weight": 1.0, "contrast_weight": 0.0},
     "contrast": {"latent_weight": 0.0},
     "accumulated": {"accumulate": True},
+    "supervised": {},
 }
 NAMES = {
     "start": "SFT, the start",
@@ -59,7 +61,9 @@ NAMES = {
     "turn-reward": "soft tokens learn from the turn's retrieval reward alone",
     "contrast": "soft tokens learn from InfoNCE alone",
     "accumulated": "trained with soft tokens that accumulate",
+    "supervised": "no GRPO: SFT goes on, its soft tokens distilled, for as many steps",
 }
+FURTHER_RATE = 3e-4  # a fifth of SFT's peak
 LOOPS = {
     "refinement + exclusion": LoopSettings(),
     "exclusion only": LoopSettings(refinement="none"),
@@ -91,13 +95,34 @@ def learn(start: Start, variant: str) -> Policy:
     """The policy of a variant: trained here, except for those that the run holds."""
     if variant in ("start", "default"):
         return start.policy("policy-sft" if variant == "start" else "policy-grpo")
-    policy, shelf = start.policy("policy-sft"), start.shelf("grpo")
+    policy = start.policy("policy-sft")
+    if variant == "supervised":
+        return further(start, policy)
+    shelf = start.shelf("grpo")
     known = set(shelf.video_ids)
     moments = [moment for moment in start.moments("train", "policy") if moment.video_id in known]
     settings = replace(start.config.grpo, **VARIANTS[variant], validate_every=0)
     with TemporaryDirectory() as aside, Monitor(Path(aside)) as monitor:
         keeper = Keeper(Path(aside) / "checkpoints", monitor, float("inf"))
         train_grpo(policy, start.embedder, moments, shelf, settings, start.config.seed, keeper)
+    return policy.eval()
+
+
+def further(start: Start, policy: Policy) -> Policy:
+    """As many steps of SFT as stage 2 takes, at a rate that a finished policy bears, soft tokens learning from the first."""
+    settings = start.config.sft
+    settings = replace(
+        settings,
+        optimisation=replace(
+            settings.optimisation, steps=start.config.grpo.optimisation.steps, learning_rate=FURTHER_RATE, warmup=5
+        ),
+        head_learning_rate=FURTHER_RATE,
+        refine_from=0.0,
+        contrast_from=0.0,
+    )
+    with TemporaryDirectory() as aside, Monitor(Path(aside)) as monitor:
+        keeper = Keeper(Path(aside) / "checkpoints", monitor, float("inf"))
+        train_sft(policy, start.embedder, start.world, start.shelf("train"), settings, start.config.seed + 1000, keeper)
     return policy.eval()
 
 
