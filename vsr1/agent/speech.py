@@ -52,7 +52,8 @@ class Spoken:
     """The text of one reply.
 
     token_ids: n ids, the closing one included. token_logps: (n,) fp32 on the cpu, log-probabilities under the sampling
-    temperature (greedy: under temperature 1). matched: log-odds of "matched" against "not_matched" at the answer token,
+    temperature (greedy: under temperature 1): the own engine's before top_p and constraints, which is what training
+    compares with; a vLLM server's behind them. matched: log-odds of "matched" against "not_matched" at the answer token,
     under temperature 1; None where no answer was begun. finished: False if a limit cut the reply.
     """
 
