@@ -191,7 +191,7 @@ def test_the_figures_of_both_policies(run: Path, stage: str) -> None:
     assert set(found["vcmr"]) == {"0.3", "0.5", "0.7"}
     assert all(interval(one) for one in found["vcmr"].values())
     assert all(interval(found[name]) for name in ("ver", "ver_turn1", "ver_final", "unparsable", "mean_iou"))
-    assert set(found["tokens"]) == {"text", "soft"}
+    assert set(found["tokens"]) == {"text", "soft", "hard"}
     assert all(interval(one) for one in found["tokens"].values())
     names = {
         "refinement + exclusion",
@@ -201,7 +201,14 @@ def test_the_figures_of_both_policies(run: Path, stage: str) -> None:
         "random soft tokens",
         "blank video",
         "shuffled video",
+        "refinement in words",
+        "accumulated soft tokens",
     }
+    assert set(found["answered"]) == set(found["vcmr"]) and all(interval(one) for one in found["answered"].values())
+    for key, value in found["vcmr"].items():
+        assert found["answered"][key]["value"] >= value["value"]
+    assert set(found["calibration"]) == {"scale", "offset", "brier", "ece"}
+    assert [one["turn"] for one in found["refine_gain"]] == sorted(one["turn"] for one in found["refine_gain"])
     assert set(found["ablations"]) == names
     for one in found["ablations"].values():
         assert interval(one["R@1"])

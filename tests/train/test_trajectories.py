@@ -64,7 +64,7 @@ def standardised(numbers: list[float]) -> list[float]:
 
 
 def test_grpo_judges_texts_within_a_query_and_soft_tokens_within_a_query_and_turn() -> None:
-    settings = GrpoTraining(rewards={"answer": 1.0, "retrieval": 2.0}, turns=3, temperature=0.5)
+    settings = GrpoTraining(rewards={"answer": 1.0, "retrieval": 2.0}, advantage="std", turns=3, temperature=0.5)
     start = toward(0.0, 1.0, 0.0)
     after = [toward(0.9, 0.1, 0.0), toward(0.2, 0.8, 0.0), toward(0.1, 0.1, 0.7), toward(0.6, 0.2, 0.2)]
     found = [
@@ -109,7 +109,9 @@ def test_grpo_judges_texts_within_a_query_and_soft_tokens_within_a_query_and_tur
 def test_grpo_without_any_refinement() -> None:
     start = toward(1.0, 0.0, 0.0)
     found = [path("a", [turn("a", "matched", start)], start, "matched"), path("a", [turn("a", None, start)], start)]
-    judged = grpo.judge(found, tiny_library(), GrpoTraining(rewards={"answer": 1.0}), torch.tensor([0, 0]))
+    judged = grpo.judge(
+        found, tiny_library(), GrpoTraining(rewards={"answer": 1.0}, advantage="std"), torch.tensor([0, 0])
+    )
     assert judged.turn_advantage.shape == (0,)
     assert judged.text_advantage.tolist() == pytest.approx(standardised([1.0, -1.0]))
     assert judged.numbers["retrieval_variance"] == 0.0
