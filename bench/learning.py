@@ -93,11 +93,10 @@ def differences(figures: Sequence[Figures]) -> str:
 def table(runs: Sequence[Figures]) -> str:
     """The lines between the README's markers for these runs."""
     seeds = " and ".join(str(run["seed"]) for run in runs)
-    minutes = ", ".join(f"{sum(run['stages_seconds'].values()) / 60:.0f}" for run in runs)
     first = runs[0]
     lines = [
-        f"The default on 2 CPU cores, seeds {seeds}: {first['queries']} queries about {first['corpus_size']} test videos; "
-        f"{minutes} minutes. Percent: mean (each seed).",
+        f"The default on 2 CPU cores, seeds {seeds}: {first['queries']} queries about {first['corpus_size']} test videos. "
+        "Percent: mean (each seed).",
         "",
         "| test videos | after SFT | after GRPO |",
         "|---|---|---|",
