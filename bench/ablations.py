@@ -4,7 +4,7 @@
     python -m bench.ablations table
 
 `run` takes finished runs of `vsr1 train`, whose embedder and SFT policy every variant starts from, and keeps what it finds in
-`bench/results/ablations.json`; `table` writes that between the markers of `docs/ablations.md`. The default itself needs no
+`bench/ablations.json`; `table` writes that between the markers of `docs/ablations.md`. The default itself needs no
 run of its own here: it is what the run folders hold.
 """
 
@@ -42,7 +42,7 @@ from vsr1.train.monitor import Monitor
 from vsr1.train.sft import train_sft
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results" / "ablations.json"
+RESULTS = ROOT / "bench" / "ablations.json"
 PAGE = ROOT / "docs" / "ablations.md"
 
 VARIANTS: dict[str, dict[str, Any]] = {
