@@ -181,6 +181,15 @@ OUT_OF_RANGE = [
 ]
 
 
+def test_a_vllm_speaker_needs_a_folder_for_the_weights() -> None:
+    config = preset("tiny")
+    config.grpo.speaker = "vllm"
+    with pytest.raises(ConfigError, match=r"'grpo\.vllm_weights'.*folder"):
+        check(config)
+    config.grpo.vllm_weights = "shared"
+    check(config)
+
+
 @pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE, ids=[f"{key}={value}" for key, value in OUT_OF_RANGE])
 def test_a_value_out_of_range_is_named(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"'{key}'.*{value if isinstance(value, int) else ''}"):

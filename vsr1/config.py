@@ -213,6 +213,8 @@ def check(config: RunConfig) -> None:
         need(where, "from 0 to 1", lambda value: 0 <= value <= 1)
     need("grpo.group", "at least 2 for an advantage within the group", lambda value: value >= 2)
     need("grpo.top_p", "above 0 and at most 1", lambda value: 0 < value <= 1)
+    if config.grpo.speaker == "vllm":
+        need("grpo.vllm_weights", "a folder that the vLLM server sees too", bool)
     for name, weight in config.grpo.rewards.items():
         if not math.isfinite(weight):
             raise ConfigError(f"'grpo.rewards' must be finite numbers, got {weight} for '{name}'")

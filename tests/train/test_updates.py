@@ -134,15 +134,15 @@ def test_another_speaker_is_told_of_every_update(trained: Any, settings: Any, mo
     told: list[torch.Tensor] = []
 
     class Spy(grpo.OwnSpeaker):
-        def __init__(self, url: str) -> None:
+        def __init__(self, url: str, *, weights: str) -> None:
             super().__init__()
-            assert url == "http://server:1"
+            assert (url, weights) == ("http://server:1", "shared")
 
         def sync(self, policy: Policy) -> None:
             told.append(policy.model.lm_head.weight.detach().clone())
 
     monkeypatch.setattr(grpo, "VllmSpeaker", Spy)
-    trained(replace(settings, speaker="vllm", vllm_url="http://server:1"))
+    trained(replace(settings, speaker="vllm", vllm_url="http://server:1", vllm_weights="shared"))
     assert len(told) == 4 and all(not torch.equal(one, other) for one, other in itertools.pairwise(told))
 
 

@@ -12,9 +12,7 @@ that were drawn, and InfoNCE of the query that their means make, over the whole 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -39,6 +37,7 @@ from vsr1.train import lora, rewards
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 from vsr1.train.losses import AdvantageMode, LossType, group_advantages, latent_loss, policy_loss
+from vsr1.train.reference import Reference, frozen_copy
 from vsr1.train.sft import trainable
 
 
@@ -52,7 +51,8 @@ class GrpoTraining:
     second on, the policy has moved away from what was sampled, and the ratios say by how much. validate_every: steps between
     two looks at `validation_queries` held-out queries (0: none).
 
-    speaker: what speaks the text, the own engine or a vLLM server at `vllm_url`. lora_rank: train low-rank adapters of that
+    speaker: what speaks the text, the own engine or a vLLM server at `vllm_url`, which gets the
+    weights through `vllm_weights`, a folder that both see. lora_rank: train low-rank adapters of that
     rank instead of all weights (0); the reference is then the model without them, and no second copy is held.
 
     advantage: how the rewards of a query's group are compared. Rewards here differ a little even where all verdicts agree,
@@ -80,6 +80,7 @@ class GrpoTraining:
     validation_queries: int = 64
     speaker: Literal["own", "vllm"] = "own"
     vllm_url: str = "http://localhost:8000"
+    vllm_weights: str = ""
     lora_rank: int = 0
     accumulate: bool = False
     updates: int = 1
@@ -137,7 +138,9 @@ def train_grpo(
     `validate` gives numbers to log every `validate_every` steps."""
     tuner = lora.adapt(policy, settings.lora_rank) if settings.lora_rank else None
     reference = frozen_copy(policy) if tuner is None else lora.without(policy, tuner)
-    speaker: Speaker = OwnSpeaker() if settings.speaker == "own" else VllmSpeaker(settings.vllm_url)
+    speaker: Speaker = OwnSpeaker()
+    if settings.speaker == "vllm":
+        speaker = VllmSpeaker(settings.vllm_url, weights=settings.vllm_weights)
     failures = Failures()
     latest: list[Rolled] = []
 
@@ -185,19 +188,6 @@ def train_grpo(
     if tuner is not None:
         lora.merge(policy, tuner)
     policy.requires_grad_(False)
-
-
-Reference = Callable[[], AbstractContextManager[Policy]]
-"""The policy that the KL is measured from; it stands as long as the context is open."""
-
-
-def frozen_copy(policy: Policy) -> Reference:
-    """A second policy with the same weights that never learns; the vision tower stays shared."""
-    model = copy.deepcopy(policy.model)
-    model.model.visual = policy.videos.visual
-    twin = Policy(model, policy.tokenizer, policy.videos, policy.settings, copy.deepcopy(policy.head))
-    twin.eval().requires_grad_(False)
-    return lambda: nullcontext(twin)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ ends the adapters are added to the weights, so that what is saved is a plain mod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vsr1.errors import ConfigError
 from vsr1.models.policy import Policy
+from vsr1.train.reference import Reference
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -27,7 +28,7 @@ def adapt(policy: Policy, rank: int) -> Any:
     return LoraModel(policy.model.model.language_model, config, "default")
 
 
-def without(policy: Policy, tuner: Any) -> Callable[[], AbstractContextManager[Policy]]:
+def without(policy: Policy, tuner: Any) -> Reference:
     """The policy without its adapters, while the context is open."""
 
     @contextmanager
