@@ -8,7 +8,8 @@ only (no look-around, no back-references), because these expressions become auto
 
 from __future__ import annotations
 
-_TAG = "<answer>"
+from vsr1.agent.allowed import ANSWER_TAG
+
 _PLACES = 9  # decimal places a time may have: what `render` writes of a time from 0.1 ms on
 
 
@@ -49,7 +50,7 @@ def at_most(limit: float) -> str:
 
 def reply_pattern(duration: float) -> str:
     """The regular expression of a reply, up to its closing token, about a video of `duration` seconds."""
-    free, tag = _until(_TAG)
+    free, tag = _until(ANSWER_TAG)
     time = at_most(duration)
     span = f"(<start>{time}</start><end>{time}</end>)?"
     return f"{free}({tag}(not_matched</answer>|matched</answer>{span}))?"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,7 +85,7 @@ class OwnSpeaker:
         """See `vsr1.agent.speech.Speaker`."""
         prompts = [prompt_of(policy, question) for question in questions]
         found = generate(policy, prompts, owner, sampling, seeds=seeds, rows=self.rows, deadline=deadline)
-        return [said.spoken for _, said in sorted(found, key=lambda one: one[0])]
+        return [said.spoken for said in in_order(found)]
 
     def sync(self, policy: Policy) -> None:
         """The own engine reads the policy's weights where they are."""
@@ -150,6 +150,11 @@ def generate(
             return
         batch.admit()
         yield from batch.step()
+
+
+def in_order(found: Iterable[tuple[int, Said]]) -> list[Said]:
+    """What `generate` yields, by place."""
+    return [said for _, said in sorted(found, key=lambda one: one[0])]
 
 
 class _Batch:

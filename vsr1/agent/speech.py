@@ -16,10 +16,9 @@ from typing import Protocol
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from vsr1.agent.allowed import ANSWER_TAG, ANSWERS
 from vsr1.models.policy import Policy
 from vsr1.models.vision import VideoFeatures
-
-_TAG = "<answer>"
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,7 @@ class AnswerToken:
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase, before: str) -> tuple[int, int]:
-    first = [
-        tokenizer(before + answer, add_special_tokens=False)["input_ids"][0] for answer in ("matched", "not_matched")
-    ]
+    first = [tokenizer(before + answer, add_special_tokens=False)["input_ids"][0] for answer in ANSWERS]
     return first[0], first[1]
 
 
@@ -115,20 +112,20 @@ def answer_token(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -
         return str(tokenizer.decode(list(token_ids[:count]), skip_special_tokens=False))
 
     text = said(len(token_ids))
-    tag = text.find(_TAG, max(text.find("</think>"), 0))
+    tag = text.find(ANSWER_TAG, max(text.find("</think>"), 0))
     if tag < 0:
         return None
-    end = tag + len(_TAG)
+    end = tag + len(ANSWER_TAG)
     low, high = 1, len(token_ids)  # the fewest tokens whose text holds the whole tag
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(said(middle)) >= end else (middle + 1, high)
     if len(said(low)) == end:
         return AnswerToken(low, *_first_ids(tokenizer, "")) if low < len(token_ids) else None
-    return AnswerToken(low - 1, *_first_ids(tokenizer, _TAG[len(said(low - 1)) - end :]))
+    return AnswerToken(low - 1, *_first_ids(tokenizer, ANSWER_TAG[len(said(low - 1)) - end :]))
 
 
 def answer_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that `answer_token` may name: what an engine has to report the probability of."""
-    pairs = [_first_ids(tokenizer, _TAG[begin:]) for begin in range(1, len(_TAG) + 1)]
+    pairs = [_first_ids(tokenizer, ANSWER_TAG[begin:]) for begin in range(1, len(ANSWER_TAG) + 1)]
     return sorted({token for first, second in pairs if first != second for token in (first, second)})

@@ -23,6 +23,7 @@ from vsr1.agent.generate import (
     Said,
     SoftTokens,
     generate,
+    in_order,
     prompt_of,
     soft_tokens_after,
 )
@@ -157,7 +158,7 @@ def _replies(
             rows=asking.speaker.rows,
             deadline=asking.deadline,
         )
-        return [said for _, said in sorted(found, key=lambda one: one[0])]
+        return in_order(found)
     spoken = asking.speaker.speak(policy, questions, owner, asking.sampling, seeds=seeds, deadline=asking.deadline)
     spoken = [
         one
@@ -237,7 +238,7 @@ def ground(policy: Policy, pairs: Sequence[Pair], turns: Sequence[Turn], asking:
     ]
     sampling = replace(asking.sampling, temperature=0.0, constrained=True, max_tokens=24)
     found = generate(policy, prompts, range(len(prompts)), sampling, stop="</end>", deadline=asking.deadline)
-    texts = [begun[place] + policy.text(said.spoken.token_ids) for place, said in sorted(found, key=lambda one: one[0])]
+    texts = [text + policy.text(said.spoken.token_ids) for text, said in zip(begun, in_order(found), strict=True)]
     return [protocol.parse(text, duration=pair.video.duration) for text, pair in zip(texts, pairs, strict=True)]
 
 
