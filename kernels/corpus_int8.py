@@ -29,8 +29,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 from vsr1.kernels.corpus_exact import LOWEST, exact_top
-from vsr1.kernels.corpus_scan import bulk_serves, bulk_tile_scores, group_size, own_tile, tile_scores
+from vsr1.kernels.corpus_scan import bulk_serves, bulk_tile_scores, own_tile, tile_scores
 
+MOST_GROUPS = 1 << 22  # of all queries together: 32 MiB of their two words
 TINY = tl.constexpr(1e-37)  # added to every bound: more than products of subnormal numbers lose
 HIGHEST = tl.constexpr(1.7014118346046923e38)  # 2^127: the range of estimates, in which their low bits are free
 NOTHING = tl.constexpr(-3e38)  # the estimate of a row that is not to be chosen, and below it once its low bits are set
@@ -145,6 +146,12 @@ def blocks(queries: int, bulk: bool = False) -> dict[str, Any]:
     return {**options, "num_warps": 8}
 
 
+def group_size(queries: int, rows: int) -> int:
+    """Rows that share two words. Of each group only the best row helps to raise the bar, so groups are as small as memory
+    allows: with few of them the bar stands so low that the lists overflow."""
+    return next(size for size in (32, 64, 128) if size == 128 or queries * rows <= size * MOST_GROUPS)
+
+
 def sweep(
     query: Tensor, codes: Tensor, scales: Tensor, residuals: Tensor, exclude: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -164,7 +171,7 @@ def sweep(
         query, planes, unit, reach, spread, D, query.stride(0), planes.stride(0), float(limit), BLOCK_D=1024
     )
     bulk = bulk_serves(planes, codes)
-    options, group = blocks(B, bulk), group_size(B)
+    options, group = blocks(B, bulk), group_size(B, N)
     groups = triton.cdiv(N, group)
     left = torch.empty((B, 2, groups), dtype=torch.float32, device=query.device)
     sources = planes, codes
@@ -200,4 +207,4 @@ def top_k(
         )
     query = query.contiguous()
     left, unit = sweep(query, codes, scales, residuals, exclude)
-    return exact_top(query, rows, left, unit, k, exclude, group_size(B))
+    return exact_top(query, rows, left, unit, k, exclude, group_size(B, len(rows)))

@@ -180,10 +180,15 @@ def test_the_bounds_hold_where_they_are_tight(B: int) -> None:
     upper = torch.maximum((bounds & -65536).view(torch.float32), (bounds << 16).view(torch.float32)).double()
     double = query.double()
     scores = double @ codes.double().T * scales.double() + double.norm(dim=1)[:, None] * residuals.double()
-    group = scan_kernels.group_size(B)
+    group = kernels.group_size(B, N)
     scores = F.pad(scores / step.double()[:, None], (0, -N % group), value=-math.inf).view(B, -1, group).amax(dim=2)
     assert (upper >= scores).all()
     assert (upper <= 1.01 * scores).all()  # rounded up to bfloat16
+
+
+def test_groups_are_as_small_as_memory_allows() -> None:
+    assert [kernels.group_size(queries, 1_000_000) for queries in (1, 128, 200, 512, 4096)] == [32, 32, 64, 128, 128]
+    assert kernels.group_size(512, 60_011) == 32
 
 
 @runs
@@ -224,7 +229,7 @@ def test_select_of_float64(width: int, k: int) -> None:
     ("B", "D"), [(1, 2048), (32, 2048), (64, 2048), (128, 2048), (300, 2048), (128, 1000)], ids=str
 )
 def test_large_corpora_on_a_gpu(B: int, D: int) -> None:
-    query, rows = unit(B, D, dtype=HALF), unit(20_011, D, seed=1, dtype=HALF)
+    query, rows = unit(B, D, dtype=HALF), unit(60_011, D, seed=1, dtype=HALF)
     rows[9000:9100] = rows[11]
     query[0] = rows[11]
     for k in (10, 100):
@@ -271,11 +276,20 @@ def compiled(function: Any, constants: dict[str, Any], cap: int, **types: str) -
 
 @compiles
 @pytest.mark.parametrize(
-    ("count", "cap", "bulk"),
-    [(1, 90, True), (32, 90, True), (64, 90, True), (512, 90, True), (1, 80, False), (512, 80, False)],
+    ("count", "group", "cap", "bulk"),
+    [
+        (1, 32, 90, True),
+        (32, 32, 90, True),
+        (64, 32, 90, True),
+        (512, 32, 90, True),
+        (512, 128, 90, True),
+        (1, 32, 80, False),
+        (512, 32, 80, False),
+        (512, 128, 80, False),
+    ],
     ids=lambda value: str(value),
 )
-def test_the_sweep_compiles_for_gpus_without_spills(count: int, cap: int, bulk: bool) -> None:
+def test_the_sweep_compiles_for_gpus_without_spills(count: int, group: int, cap: int, bulk: bool) -> None:
     options = kernels.blocks(count, bulk)
     types = {}
     if bulk:
@@ -283,7 +297,7 @@ def test_the_sweep_compiles_for_gpus_without_spills(count: int, cap: int, bulk: 
             "planes": f"tensordesc<i8[{2 * options['BLOCK_B']}, {options['BLOCK_D']}]>",
             "codes": f"tensordesc<i8[{options['BLOCK_N']}, {options['BLOCK_D']}]>",
         }
-    constants = {"BULK": bulk, "GROUP": scan_kernels.group_size(count), **options}
+    constants = {"BULK": bulk, "GROUP": group, **options}
     used = compiled(kernels.int8_sweep_kernel, constants, cap, **types)
     assert used["spills"] == 0
     assert used["shared"] <= SHARED_MEMORY[cap]

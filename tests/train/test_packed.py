@@ -19,9 +19,10 @@ from vsr1.ops.corpus_scan import info_nce
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.records import Reply, Trajectory, Turn
 from vsr1.train import grpo
-from vsr1.train.grpo import GrpoTraining, Judged, Rolled
+from vsr1.train.credit import Judged
+from vsr1.train.grpo import GrpoTraining, Learning, Rolled
 from vsr1.train.library import Shelf
-from vsr1.train.losses import latent_loss, policy_loss
+from vsr1.train.losses import distillation_loss, latent_loss, policy_loss
 from vsr1.train.sft import trainable
 
 
@@ -62,12 +63,29 @@ def rolled(policy: Policy, world: World, shelf: Shelf) -> Rolled:
         path(queries[1], turn(a, no, 2), turn(b, no, 5)),
         path(queries[1], turn(a, yes, 7)),
     ]
-    return Rolled(found, Judged(torch.tensor([1.0, -0.5, -0.5, 0.7, -0.7]).double(), normal(6), {}), {})
+    return Rolled(
+        found, Judged(torch.tensor([1.0, 0.9, 1.1, -0.5, -0.4, -0.5, 0.7, 0.6, -0.7]).double(), normal(6), {}), {}
+    )
 
 
 SETTINGS = GrpoTraining(
-    beta=0.3, latent_beta=0.4, sigma=0.1, clip_low=5e-1, clip_high=5e-1, sampling_temperature=0.8, contrast_weight=0.0
+    beta=0.3,
+    distillation_weight=0.0,
+    latent_beta=0.4,
+    sigma=0.1,
+    clip_low=5e-1,
+    clip_high=5e-1,
+    sampling_temperature=0.8,
+    contrast_weight=0.0,
 )
+
+
+def meanings(embedder: Embedder, rolled: Rolled) -> dict[str, Tensor]:
+    """What the soft tokens of each query should resemble: anything."""
+    size = embedder.model.get_input_embeddings().weight.shape[1]
+    names = sorted({one.moment.query_id for one in rolled.found})
+    targets = torch.randn((len(names), 8, size), generator=torch.Generator().manual_seed(7))
+    return dict(zip(names, targets, strict=True))
 
 
 def plain_soft(policy: Policy, row: Row, actions: Tensor) -> Tensor:
@@ -95,7 +113,8 @@ def plain_loss(
         return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
 
     now, before, old, advantages, soft, anchors, queries, positive = [], [], [], [], [], [], [], []
-    for one, advantage in zip(rolled.found, rolled.judged.text_advantage, strict=True):
+    said = iter(rolled.judged.text_advantage)
+    for one in rolled.found:
         for turn in one.turns:
             video = shelf.features(turn.video_id)
             prompt = protocol.prompt(policy.tokenizer, one.moment.text, video, system=policy.settings.system)
@@ -106,7 +125,7 @@ def plain_loss(
                 if turn.actions is not None:
                     anchors.append(plain_soft(frozen, row, turn.actions))
             old.append(turn.token_logps)
-            advantages.append(advantage)
+            advantages.append(next(said))
             if turn.actions is not None:
                 soft.append((plain_soft(policy, row, turn.actions), turn.actions, turn.latents))
                 entering = policy.head.soft_tokens(soft[-1][0])[None]
@@ -123,6 +142,13 @@ def plain_loss(
     latent, _ = latent_loss(means, actions, drawn, rolled.judged.turn_advantage, settings.sigma, 0.5)
     drift = (means - torch.stack(anchors)).square().mean() / (2 * settings.sigma**2)
     loss = loss + settings.latent_weight * latent + settings.latent_beta * drift
+    if settings.distillation_weight:
+        wanted = meanings(embedder, rolled)
+        target = [wanted[one.moment.query_id] for one in rolled.found for turn in one.turns if turn.actions is not None]
+        distilled = distillation_loss(
+            policy.head.soft_tokens(means), torch.stack(target), torch.stack(list(wanted.values())).square().mean()
+        )
+        loss = loss + settings.distillation_weight * distilled
     if settings.contrast_weight:
         contrast = info_nce(torch.cat(queries), shelf.matrix(), torch.tensor(positive), settings.temperature).mean()
         loss = loss + settings.contrast_weight * contrast
@@ -139,7 +165,8 @@ def packed(policy: Policy, reference: Any, embedder: Embedder, shelf: Shelf, rol
     numbers: dict[str, float] = {}
     packs = grpo.pack(rolled, policy, shelf, settings)
     total = 0.0
-    for part in grpo.losses(policy, reference, embedder, shelf, packs, settings, numbers):
+    learning = Learning(policy, reference, embedder, shelf, settings, meanings(embedder, rolled))
+    for part in grpo.losses(learning, packs, numbers):
         part.backward()
         total += float(part.detach())
     return total, gradients(policy), numbers, packs
@@ -175,8 +202,9 @@ def test_a_packed_update_equals_plain_rows(
 def test_contrast_joins_and_packs_change_nothing(
     policy: Policy, tiny_embedder: Embedder, shelf: Shelf, rolled: Rolled
 ) -> None:
-    """InfoNCE of the means' query, whose vectors are float32, in one pack and in one for almost every reply."""
-    settings = replace(SETTINGS, contrast_weight=0.7)
+    """InfoNCE of the means' query, whose vectors are float32, and what the soft tokens should resemble: in one pack and in
+    one for almost every reply."""
+    settings = replace(SETTINGS, contrast_weight=0.7, distillation_weight=0.6)
     reference = grpo.frozen_copy(policy)
     trainable(policy, 1e-3)
     loss, whole, numbers, _ = packed(policy, reference, tiny_embedder, shelf, rolled, settings)
@@ -188,7 +216,7 @@ def test_contrast_joins_and_packs_change_nothing(
     assert len(packs) > 2 and max(len(one.replies) for one in packs) > 1
     assert all(len(one.replies) == 1 or _tokens(one) <= 250 for one in packs)
     assert loss == pytest.approx(float(expected.detach()), rel=1e-6) and parts == pytest.approx(loss, rel=1e-6)
-    for name in ("loss", "latent_loss", "contrast", "kl", "latent_distance"):
+    for name in ("loss", "latent_loss", "contrast", "distillation", "kl", "latent_distance"):
         assert other[name] == pytest.approx(numbers[name], rel=1e-2 if name == "latent_distance" else 1e-5)
     scale = max(float(one.abs().max()) for one in plain.values())
     for name, one in plain.items():
@@ -202,14 +230,16 @@ def _tokens(one: grpo.Pack) -> int:
 
 
 def test_replies_that_teach_nothing_are_left_out(policy: Policy, shelf: Shelf, rolled: Rolled) -> None:
-    silent = Judged(torch.tensor([0.0, 0.0, 0.0, 0.7, -0.7]), torch.tensor([0.0, 0.0, 0.3, 0.0, 0.0, 0.0]), {})
+    silent = Judged(torch.tensor([*[0.0] * 6, 0.7, 0.7, -0.7]), torch.tensor([0.0, 0.0, 0.3, 0.0, 0.0, 0.0]), {})
     (one,) = grpo.pack(replace(rolled, judged=silent), policy, shelf, SETTINGS)
     taught = [([one is reply.one for one in rolled.found].index(True), reply.place) for reply in one.replies]
     assert sorted(taught) == [(0, 2), (3, 0), (3, 1), (4, 0)]
-    nothing = Judged(torch.zeros(5), torch.zeros(6), {})
+    nothing = Judged(torch.zeros(9), torch.zeros(6), {})
     assert grpo.pack(replace(rolled, judged=nothing), policy, shelf, SETTINGS) == []
     contrasted = grpo.pack(replace(rolled, judged=nothing), policy, shelf, replace(SETTINGS, contrast_weight=1.0))
     assert [len(one.replies) for one in contrasted] == [6]
+    distilled = grpo.pack(replace(rolled, judged=nothing), policy, shelf, replace(SETTINGS, distillation_weight=1.0))
+    assert [len(one.replies) for one in distilled] == [6]
 
 
 def test_soft_tokens_of_earlier_turns_stay_where_they_accumulate(

@@ -13,8 +13,8 @@ from vsr1.records import Moment, Reply, Trajectory, Turn
 from vsr1.train.rewards import (
     REWARDS,
     RewardContext,
+    following_query,
     progress,
-    refined_queries,
     retrieval_probability,
     reward_function,
     total,
@@ -195,17 +195,12 @@ def test_no_truth_no_verdict():
         value("answer", turn(), moment=Moment("q1", "a dog"))
 
 
-def test_refined_queries_are_the_ones_that_follow():
+def test_the_query_that_follows_a_turn():
     refined = torch.zeros(8, 3)
-    path = (turn(query=1.0, actions=refined), turn(query=2.0), turn(query=3.0, actions=refined))
-    turns, queries = refined_queries(trajectory(*path, final=4.0))
-    assert turns == (0, 2)
-    assert queries.tolist() == [[2.0] * 3, [4.0] * 3]
-    turns, queries = refined_queries(trajectory(turn(), stop="matched"))
-    assert turns == ()
-    assert queries.shape == (0, 3)
-    with pytest.raises(ValueError, match="turn 0 was refined but led to no query"):
-        refined_queries(trajectory(turn(actions=refined), final=None))
+    path = trajectory(turn(query=1.0, actions=refined), turn(query=2.0), turn(query=3.0, actions=refined), final=4.0)
+    assert [following_query(path, place).tolist() for place in range(3)] == [[2.0] * 3, [3.0] * 3, [4.0] * 3]
+    with pytest.raises(ValueError, match="turn 0 led to no query"):
+        following_query(trajectory(turn(actions=refined), final=None), 0)
 
 
 def test_verdicts_judge_every_turn_where_answer_judges_the_last():

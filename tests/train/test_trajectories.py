@@ -25,7 +25,8 @@ from vsr1.models.policy import Policy
 from vsr1.ops.corpus_scan import CorpusMatrix
 from vsr1.ops.soft_query import NoiseStream
 from vsr1.records import Moment, Reply, Trajectory, Turn
-from vsr1.train import grpo, sft
+from vsr1.train import credit, grpo, sft
+from vsr1.train.credit import Judged
 from vsr1.train.grpo import GrpoTraining
 from vsr1.train.library import Shelf
 
@@ -63,8 +64,22 @@ def standardised(numbers: list[float]) -> list[float]:
     return [(number - np.mean(numbers)) / (np.std(numbers, ddof=1) + 1e-4) for number in numbers]
 
 
+def judged_by(settings: GrpoTraining, found: list[Trajectory], groups: list[int]) -> Judged:
+    return credit.judge(
+        found,
+        tiny_library(),
+        torch.tensor(groups),
+        weights=settings.rewards,
+        credit=settings.credit,
+        advantage=settings.advantage,
+        temperature=settings.temperature,
+    )
+
+
 def test_grpo_judges_texts_within_a_query_and_soft_tokens_within_a_query_and_turn() -> None:
-    settings = GrpoTraining(rewards={"answer": 1.0, "retrieval": 2.0}, advantage="std", turns=3, temperature=0.5)
+    settings = GrpoTraining(
+        rewards={"answer": 1.0, "retrieval": 2.0}, advantage="std", credit="trajectory", turns=3, temperature=0.5
+    )
     start = toward(0.0, 1.0, 0.0)
     after = [toward(0.9, 0.1, 0.0), toward(0.2, 0.8, 0.0), toward(0.1, 0.1, 0.7), toward(0.6, 0.2, 0.2)]
     found = [
@@ -86,7 +101,7 @@ def test_grpo_judges_texts_within_a_query_and_soft_tokens_within_a_query_and_tur
         # the query about video c: one refinement alone at its turn
         path("c", [turn("a", "not_matched", start, True)], after[3]),
     ]
-    judged = grpo.judge(found, tiny_library(), settings, torch.tensor([0, 0, 0, 1, 1, 2]))
+    judged = judged_by(settings, found, [0, 0, 0, 1, 1, 2])
 
     heat = settings.temperature
     rewards = [
@@ -94,7 +109,9 @@ def test_grpo_judges_texts_within_a_query_and_soft_tokens_within_a_query_and_tur
         -1 + 2 * probability(after[2], 0, heat),
         -1 + 2 * probability(start, 0, heat),
     ]
-    assert judged.text_advantage.tolist() == pytest.approx([*standardised(rewards), 0, 0, 0], abs=1e-4)
+    first, second, third = standardised(rewards)
+    each = [first] * 2 + [second] * 3 + [third]  # every turn has that of its trajectory
+    assert judged.text_advantage.tolist() == pytest.approx([*each, 0, 0, 0], abs=1e-4)
     # refined turns in order: 0 of the first, 0 and 1 of the second, 0 of the last; only turn 0 of query a compares
     first = standardised([probability(after[0], 0, heat), probability(after[1], 0, heat)])
     assert judged.turn_advantage.tolist() == pytest.approx([first[0], first[1], 0, 0], abs=1e-4)
@@ -106,12 +123,32 @@ def test_grpo_judges_texts_within_a_query_and_soft_tokens_within_a_query_and_tur
     assert judged.numbers["retrieval_variance"] == pytest.approx(np.var(gains, ddof=1), rel=1e-4)
 
 
+def test_a_reply_is_judged_among_the_replies_to_its_own_prompt() -> None:
+    """Three trajectories of a query, of which two are shown b and then a, and one b alone: the wrong verdict of a turn costs
+    the others of its trajectory nothing, and a prompt with one reply teaches nothing."""
+    settings = GrpoTraining(rewards={"answer": 1.0, "retrieval": 2.0}, advantage="mean", credit="turn", temperature=0.5)
+    start, near, far = toward(0.0, 1.0, 0.0), toward(0.9, 0.1, 0.0), toward(0.2, 0.8, 0.0)
+    no, yes = "not_matched", "matched"
+    found = [
+        path("a", [turn("b", no, start, True), turn("a", yes, near)], near, "matched"),
+        path("a", [turn("b", no, start, True), turn("a", no, far, True), turn("c", no, near, True)], near),
+        path("a", [turn("b", yes, start)], start, "matched"),
+        path("c", [turn("b", no, start, True)], far),  # another query: not compared
+    ]
+    judged = judged_by(settings, found, [0, 0, 0, 1])
+    chance = {name: 2 * probability(one, 0, 0.5) for name, one in (("start", start), ("near", near), ("far", far))}
+    first = [1 + chance["near"], 1 + chance["far"], -1 + chance["start"]]
+    second = [1 + chance["near"], -1 + chance["near"]]
+    first, second = ([one - sum(part) / len(part) for one in part] for part in (first, second))
+    expected = [first[0], second[0], first[1], second[1], 0, first[2], 0]
+    assert judged.text_advantage.tolist() == pytest.approx(expected, abs=1e-5)
+    assert judged.numbers["groups_with_variance"] == pytest.approx(2 / 4)
+
+
 def test_grpo_without_any_refinement() -> None:
     start = toward(1.0, 0.0, 0.0)
     found = [path("a", [turn("a", "matched", start)], start, "matched"), path("a", [turn("a", None, start)], start)]
-    judged = grpo.judge(
-        found, tiny_library(), GrpoTraining(rewards={"answer": 1.0}, advantage="std"), torch.tensor([0, 0])
-    )
+    judged = judged_by(GrpoTraining(rewards={"answer": 1.0}, advantage="std"), found, [0, 0])
     assert judged.turn_advantage.shape == (0,)
     assert judged.text_advantage.tolist() == pytest.approx(standardised([1.0, -1.0]))
     assert judged.numbers["retrieval_variance"] == 0.0
@@ -133,7 +170,7 @@ def spoken(policy: Policy, shelf: Shelf, moment: Moment, video_id: str, reply: R
 
 
 @pytest.fixture
-def step(tiny_policy: Policy, world: World, shelf: Shelf) -> tuple[list[Trajectory], grpo.Judged, GrpoTraining]:
+def step(tiny_policy: Policy, world: World, shelf: Shelf) -> tuple[list[Trajectory], Judged, GrpoTraining]:
     """Two trajectories of one query, of different lengths, and made-up advantages."""
     settings = GrpoTraining(sigma=0.1, beta=0.1)
     query = world.queries("train")[0]
@@ -154,21 +191,22 @@ def step(tiny_policy: Policy, world: World, shelf: Shelf) -> tuple[list[Trajecto
         ),
         Trajectory(query.moment, (said(other.video_id, wrong, 3),), torch.zeros(4), 2, "turns"),
     ]
-    return found, grpo.Judged(torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0]), {}), settings
+    return found, Judged(torch.tensor([1.0, 1.0, -1.0]), torch.tensor([1.0, -1.0]), {}), settings
 
 
 def update(
     policy: Policy,
     embedder: Embedder,
     shelf: Shelf,
-    step: tuple[list[Trajectory], grpo.Judged, GrpoTraining],
+    step: tuple[list[Trajectory], Judged, GrpoTraining],
     reference: grpo.Reference | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """The loss of an update as training would differentiate it, and its numbers."""
     found, judged, settings = step
     packs = grpo.pack(grpo.Rolled(found, judged, {}), policy, shelf, settings)
     numbers: dict[str, float] = {}
-    parts = grpo.losses(policy, reference or grpo.frozen_copy(policy), embedder, shelf, packs, settings, numbers)
+    learning = grpo.Learning(policy, reference or grpo.frozen_copy(policy), embedder, shelf, settings)
+    parts = grpo.losses(learning, packs, numbers)
     return torch.stack(list(parts)).sum(), numbers
 
 
@@ -248,7 +286,7 @@ def test_advantages_without_the_deviation() -> None:
     found = [path("a", [turn("a", said, start)], start) for said in ("matched", None, None)]
     for mode, expected in (("mean", [4 / 3, -2 / 3, -2 / 3]), ("leave_one_out", [2, -1, -1])):
         settings = GrpoTraining(rewards={"answer": 1.0}, advantage=mode)
-        judged = grpo.judge(found, tiny_library(), settings, torch.tensor([0, 0, 0]))
+        judged = judged_by(settings, found, [0, 0, 0])
         assert judged.text_advantage.tolist() == pytest.approx(expected)
 
 

@@ -12,8 +12,9 @@ that were drawn, and InfoNCE of the query that their means make, over the whole 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -29,14 +30,15 @@ from vsr1.models import backbone
 from vsr1.models.backbone import Row, State
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
-from vsr1.ops.corpus_scan import info_nce, scan
+from vsr1.ops.corpus_scan import info_nce
 from vsr1.ops.linear_logp import linear_logp
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.records import Moment, Trajectory, Turn
-from vsr1.train import lora, rewards
+from vsr1.train import lora
+from vsr1.train.credit import Credit, Judged, judge
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
-from vsr1.train.losses import AdvantageMode, LossType, group_advantages, latent_loss, policy_loss
+from vsr1.train.losses import AdvantageMode, LossType, distillation_loss, latent_loss, policy_loss
 from vsr1.train.reference import Reference, frozen_copy
 from vsr1.train.sft import trainable
 
@@ -89,6 +91,7 @@ class GrpoTraining:
     max_tokens: int = 88
     loss_type: LossType = "grpo"
     advantage: AdvantageMode = "mean"
+    credit: Credit = "trajectory"
     clip_low: float = 0.2
     clip_high: float = 0.2
     beta: float = 0.02
@@ -96,6 +99,7 @@ class GrpoTraining:
     latent_beta: float = 0.1
     latent_weight: float = 1.0
     contrast_weight: float = 0.3
+    distillation_weight: float = 0.0
     temperature: float = 0.05
     pack_tokens: int = 16384
     rewards: dict[str, float] = field(
@@ -133,14 +137,17 @@ def train_grpo(
     seed: int,
     keeper: Keeper,
     validate: Callable[[], dict[str, float]] | None = None,
+    meanings: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Train `policy` on `moments` against the corpus `shelf`; the policy it starts from is the reference of the KL.
-    `validate` gives numbers to log every `validate_every` steps."""
+    `validate` gives numbers to log every `validate_every` steps. `meanings`: for the distillation, by query id, the embeddings
+    (n, E) of a text that the soft tokens of this query should stand for."""
     tuner = lora.adapt(policy, settings.lora_rank) if settings.lora_rank else None
     reference = frozen_copy(policy) if tuner is None else lora.without(policy, tuner)
     speaker: Speaker = OwnSpeaker()
     if settings.speaker == "vllm":
         speaker = VllmSpeaker(settings.vllm_url, weights=settings.vllm_weights)
+    learning = Learning(policy, reference, embedder, shelf, settings, meanings or {})
     failures = Failures()
     latest: list[Rolled] = []
 
@@ -168,7 +175,15 @@ def train_grpo(
         groups = torch.arange(len(pick)).repeat_interleave(settings.group)
         alive = [place for place, one in enumerate(found) if one.stop != "failed"]
         kept = [found[place] for place in alive]
-        judged = judge(kept, shelf, settings, groups[alive])
+        judged = judge(
+            kept,
+            shelf,
+            groups[alive],
+            weights=settings.rewards,
+            credit=settings.credit,
+            advantage=settings.advantage,
+            temperature=settings.temperature,
+        )
         return Rolled(kept, judged, judged.numbers | {"videos_encoded": float(policy.videos.misses - read)})
 
     def step(index: int) -> StepResult:
@@ -181,79 +196,13 @@ def train_grpo(
         packs = pack(rolled, policy, shelf, settings)
         if not packs:
             return None, numbers
-        return losses(policy, reference, embedder, shelf, packs, settings, numbers), numbers
+        return losses(learning, packs, numbers), numbers
 
     groups = trainable(policy, settings.head_learning_rate, adapters=tuner is not None)
     train("grpo", policy, groups, step, settings.optimisation, keeper, log_every=1, save_at=settings.updates)
     if tuner is not None:
         lora.merge(policy, tuner)
     policy.requires_grad_(False)
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Advantages of R trajectories (R,) and of their M refined turns (M,), in trajectory order; numbers to log."""
-
-    text_advantage: Tensor
-    turn_advantage: Tensor
-    numbers: dict[str, float]
-
-
-@torch.no_grad()
-def judge(found: Sequence[Trajectory], shelf: Shelf, settings: GrpoTraining, groups: Tensor) -> Judged:
-    """Rewards and advantages of a step's trajectories; groups (R,) says which query each belongs to."""
-    final = torch.stack([one.final_query for one in found if one.final_query is not None])
-    chance = retrieval_probability(final, [one.moment for one in found], shelf, settings.temperature)
-    totals, parts = [], []
-    for one, probability in zip(found, chance.tolist(), strict=True):
-        context = rewards.RewardContext(retrieval_probability=probability)
-        value, each = rewards.total(one, settings.rewards, context)
-        totals.append(value)
-        parts.append(each)
-    advantage, varied = group_advantages(torch.tensor(totals), groups, mode=settings.advantage)
-
-    before: list[Tensor] = []
-    after: list[Tensor] = []
-    owners: list[Moment] = []
-    places: list[int] = []
-    kinds: list[int] = []
-    for row, one in enumerate(found):
-        turns, refined = rewards.refined_queries(one)
-        before.extend(one.turns[place].query for place in turns)
-        after.extend(refined)
-        owners.extend([one.moment] * len(turns))
-        places.extend(turns)
-        kinds.extend(int(groups[row]) * settings.turns + place for place in turns)
-    turn_advantage, chances, gain = torch.zeros(0), torch.zeros(0), torch.zeros(0)
-    if after:
-        both = retrieval_probability(torch.stack([*before, *after]), 2 * owners, shelf, settings.temperature).cpu()
-        chances = both[len(before) :]
-        gain = chances - both[: len(before)]
-        turn_advantage, _ = group_advantages(chances, torch.tensor(kinds), mode=settings.advantage)
-    kind, place = torch.tensor(kinds), torch.tensor(places)
-    spread = [chances[kind == one].var() for one in set(kinds) if kinds.count(one) > 1]
-    numbers = {f"reward_{name}": float(np.mean([each[name] for each in parts])) for name in settings.rewards}
-    numbers |= {f"refine_gain_{one + 1}": float(gain[place == one].mean()) for one in sorted(set(places))}
-    return Judged(
-        advantage,
-        turn_advantage,
-        numbers
-        | {
-            "reward": float(np.mean(totals)),
-            "groups_with_variance": float(varied.float().mean()),
-            "retrieval_variance": float(torch.stack(spread).mean()) if spread else 0.0,
-        }
-        | rewards.progress(found),
-    )
-
-
-def retrieval_probability(queries: Tensor, moments: Sequence[Moment], shelf: Shelf, temperature: float) -> Tensor:
-    """exp(-L_ret): the softmax probability (Q,) of each moment's video over the whole corpus."""
-    positive = torch.tensor([shelf.row(moment.video_id) for moment in moments], device=queries.device)
-    found = scan(queries, shelf.matrix(), k=1, positive=positive, temperature=temperature)
-    assert found.positive_score is not None
-    assert found.lse is not None
-    return rewards.retrieval_probability(found.positive_score, found.lse, temperature)
 
 
 @dataclass(frozen=True)
@@ -301,11 +250,13 @@ def pack(rolled: Rolled, policy: Policy, shelf: Shelf, settings: GrpoTraining) -
     turn_advantages = iter(rolled.judged.turn_advantage.tolist())
     explored = settings.latent_weight > 0 and settings.sigma > 0
     teaching: dict[tuple[str, str], list[Reply]] = {}
-    for one, advantage in zip(rolled.found, rolled.judged.text_advantage.tolist(), strict=True):
+    text_advantages = iter(rolled.judged.text_advantage.tolist())
+    for one in rolled.found:
         for place, turn in enumerate(one.turns):
+            advantage = next(text_advantages)
             latent = next(turn_advantages) if turn.actions is not None else 0.0
             reply = Reply(one, place, advantage, latent if explored else 0.0)
-            contrasted = turn.actions is not None and settings.contrast_weight > 0
+            contrasted = turn.actions is not None and settings.contrast_weight + settings.distillation_weight > 0
             if turn.token_ids and (advantage or reply.turn_advantage or contrasted):
                 teaching.setdefault((one.moment.query_id, turn.video_id), []).append(reply)
     packs: list[Pack] = []
@@ -319,24 +270,38 @@ def pack(rolled: Rolled, policy: Policy, shelf: Shelf, settings: GrpoTraining) -
     return packs
 
 
-def losses(
-    policy: Policy,
-    reference: Reference,
-    embedder: Embedder,
-    shelf: Shelf,
-    packs: Sequence[Pack],
-    settings: GrpoTraining,
-    numbers: dict[str, float],
-) -> Iterator[Tensor]:
+@dataclass(frozen=True)
+class Learning:
+    """What an update is made with. meanings: by query id, the embeddings (n, E) that its soft tokens should resemble."""
+
+    policy: Policy
+    reference: Reference
+    embedder: Embedder
+    shelf: Shelf
+    settings: GrpoTraining
+    meanings: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def power(self) -> Tensor:
+        """The mean square of all meanings."""
+        return torch.stack([one.square().mean() for one in self.meanings.values()]).mean()
+
+
+def losses(learning: Learning, packs: Sequence[Pack], numbers: dict[str, float]) -> Iterator[Tensor]:
     """The loss of each pack; they add up to the loss of the step. `numbers` gets what is to be logged."""
     replies = [reply for one in packs for reply in one.replies]
-    spoken = [len(reply.turn.token_ids) for reply in replies if reply.text_advantage]
+    spoken = [len(reply.turn.token_ids) for reply in replies if teaches(reply, learning.settings)]
     totals = Totals(sum(spoken), len(spoken), sum(reply.turn.actions is not None for reply in replies))
     for one in packs:
-        loss, stats = _loss(policy, reference, embedder, shelf, one, settings, totals)
+        loss, stats = _loss(learning, one, totals)
         for name, value in stats.items():
             numbers[name] = numbers.get(name, 0.0) + value
         yield loss
+
+
+def teaches(reply: Reply, settings: GrpoTraining) -> bool:
+    """Whether the words of a reply are learned from: by their advantage, or by staying near the reference."""
+    return reply.text_advantage != 0 or settings.beta > 0
 
 
 @dataclass(frozen=True)
@@ -348,22 +313,15 @@ class Totals:
     refined: int
 
 
-def _loss(
-    policy: Policy,
-    reference: Reference,
-    embedder: Embedder,
-    shelf: Shelf,
-    one: Pack,
-    settings: GrpoTraining,
-    totals: Totals,
-) -> tuple[Tensor, dict[str, float]]:
+def _loss(learning: Learning, one: Pack, totals: Totals) -> tuple[Tensor, dict[str, float]]:
     """A pack's part of the losses of text, soft tokens and contrast, from one forward pass, and of the numbers to log."""
-    logps, last, state = _read(policy, one, settings)
+    settings = learning.settings
+    logps, last, state = _read(learning.policy, one, settings)
     loss = logps.new_zeros(())
     stats: dict[str, float] = {}
-    learned = torch.tensor([reply.text_advantage != 0 for reply in one.replies], device=logps.device)
+    learned = torch.tensor([teaches(reply, settings) for reply in one.replies], device=logps.device)
     rows = [row for row, reply in enumerate(one.replies) if reply.turn.actions is not None]
-    with torch.no_grad(), reference() as frozen:
+    with torch.no_grad(), learning.reference() as frozen:
         reference_logps, reference_last, reference_state = _read(frozen, one, settings)
         anchor = None
         if rows and settings.latent_beta and settings.sigma:
@@ -388,8 +346,8 @@ def _loss(
         )
         share = int(mask.sum()) / totals.tokens
         stats = {name: value if name == "loss" else share * value for name, value in found.items()}
-    if rows and (anchor is not None or (settings.latent_weight and settings.sigma) or settings.contrast_weight):
-        latent, latent_stats = _soft_losses(policy, embedder, shelf, one, rows, last, state, anchor, settings)
+    if rows:
+        latent, latent_stats = _soft_losses(learning, one, rows, last, state, anchor)
         share = len(rows) / totals.refined
         loss = loss + share * latent
         stats |= {name: share * value for name, value in latent_stats.items()}
@@ -420,19 +378,12 @@ def _read(policy: Policy, one: Pack, settings: GrpoTraining) -> tuple[Tensor, Te
 
 
 def _soft_losses(
-    policy: Policy,
-    embedder: Embedder,
-    shelf: Shelf,
-    one: Pack,
-    rows: Sequence[int],
-    last: Tensor,
-    state: State,
-    anchor: Tensor | None,
-    settings: GrpoTraining,
+    learning: Learning, one: Pack, rows: Sequence[int], last: Tensor, state: State, anchor: Tensor | None
 ) -> tuple[Tensor, dict[str, float]]:
     """Policy gradient of the soft tokens that were drawn, InfoNCE of the query that their means make, and the KL to the
     reference, whose means are `anchor` (M, n, D): mean (mean - anchor)^2 / (2 sigma^2), coordinates averaged as in
     `gaussian_logp`."""
+    policy, settings = learning.policy, learning.settings
     replies = [one.replies[row] for row in rows]
     soft, old = _replay(policy, last, state, [reply.turn for reply in replies], rows, settings.sigma)
     loss = soft.means.new_zeros(())
@@ -447,21 +398,20 @@ def _soft_losses(
         loss = loss + settings.latent_beta * drift
         stats["latent_kl"] = float(drift.detach())
     if settings.contrast_weight:
-        contrast = _contrast(policy, embedder, shelf, replies, soft.means, settings)
+        contrast = _contrast(learning, replies, soft.means)
         loss = loss + settings.contrast_weight * contrast
         stats["contrast"] = float(contrast.detach())
+    if settings.distillation_weight and learning.meanings:
+        target = torch.stack([learning.meanings[reply.one.moment.query_id] for reply in replies])
+        distilled = distillation_loss(policy.head.soft_tokens(soft.means), target, learning.power)
+        loss = loss + settings.distillation_weight * distilled
+        stats["distillation"] = float(distilled.detach())
     return loss, stats
 
 
-def _contrast(
-    policy: Policy,
-    embedder: Embedder,
-    shelf: Shelf,
-    replies: Sequence[Reply],
-    means: Tensor,
-    settings: GrpoTraining,
-) -> Tensor:
+def _contrast(learning: Learning, replies: Sequence[Reply], means: Tensor) -> Tensor:
     """Mean InfoNCE over the whole corpus of the queries that the soft tokens' means (M, n, D) make."""
+    settings, shelf = learning.settings, learning.shelf
     positive = torch.tensor([shelf.row(reply.one.moment.video_id) for reply in replies], device=means.device)
     by_length: dict[int, list[int]] = {}
     kept = [reply.earlier() if settings.accumulate else [] for reply in replies]
@@ -471,7 +421,7 @@ def _contrast(
     for rows in by_length.values():
         tokens = torch.stack([torch.cat([*kept[row], means[row]]) for row in rows])
         texts = [replies[row].one.moment.text for row in rows]
-        refined = embedder.embed_texts(texts, policy.head.soft_tokens(tokens))
+        refined = learning.embedder.embed_texts(texts, learning.policy.head.soft_tokens(tokens))
         total = total + info_nce(refined, shelf.matrix(), positive[rows], settings.temperature).sum()
     return total / len(replies)
 

@@ -252,17 +252,18 @@ def sft_loss(logp: Tensor, weight: Tensor) -> Tensor:
     return -(weight * _wide(logp).masked_fill(~learned, 0)).sum() / weight.sum()
 
 
-def distillation_loss(soft: Tensor, target: Tensor) -> Tensor:
+def distillation_loss(soft: Tensor, target: Tensor, power: Tensor | None = None) -> Tensor:
     """Distance of soft tokens to target vectors: mean((s - t)^2) / mean(t^2) + mean(1 - cos(s, t)).
 
     soft, target: (R, n, H), e.g. the embedder-side soft tokens and the token embeddings of a text refinement; no
-    gradient reaches the target. Dividing by the target's own mean square makes the first term 1 for soft = 0 whatever
-    the scale of the embedding table; the second asks for the direction, which is what a LayerNorm downstream keeps.
+    gradient reaches the target. Dividing by the target's mean square makes the first term 1 for soft = 0 whatever the
+    scale of the embedding table (`power` gives another, where a step is taken in parts); the second asks for the
+    direction, which is what a LayerNorm downstream keeps.
     Raises ValueError for mismatched shapes, no vectors, or a target that is not finite or all zero.
     """
     _same_shape(soft=soft, target=target)
     soft, target = _wide(soft), _wide(target.detach())
-    power = target.square().mean()
+    power = target.square().mean() if power is None else power
     if not target.numel() or not torch.isfinite(power) or power == 0:
         raise ValueError(f"target must hold finite vectors, not all of them zero; its mean square is {power.item()}")
     direction = 1 - F.cosine_similarity(soft, target, dim=-1)

@@ -2,7 +2,7 @@
 
 Most rewards read the final executed turn, the one whose reply ended the loop; `verdicts` reads all of them. The retrieval
 reward needs the corpus, which these functions never see: the caller scans it with the queries (`final_query`, or
-`refined_queries` for the per-turn reward of the soft tokens), turns scores into probabilities with `retrieval_probability`,
+`following_query` for the reward of one turn), turns scores into probabilities with `retrieval_probability`,
 and passes the result in a `RewardContext`. Failed trajectories are not rewarded; callers mask them out first.
 """
 
@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from vsr1.errors import ConfigError
@@ -183,22 +182,18 @@ def retrieval_probability(
     return (positive_score / temperature - log_partition).exp().clamp(max=1.0)
 
 
-def refined_queries(trajectory: Trajectory) -> tuple[tuple[int, ...], Tensor]:
-    """Which turns refined the query (n indices), and the queries their soft tokens led to, (n, D).
+def following_query(trajectory: Trajectory, turn: int) -> Tensor:
+    """The query (D,) that a turn led to: what its soft tokens made of the one before, or the same if it made none.
 
-    The probability of the true video under those queries is the turns' own retrieval reward, from which the latent
-    advantage is made: it credits the soft tokens of turn t with query t + 1 and with nothing that came later.
+    The probability of the true video under it is the turn's own retrieval reward, which credits the turn with nothing that
+    came later. Raises ValueError for a turn that led to none.
     """
     _final_turn(trajectory)
-    following = [turn.query for turn in trajectory.turns[1:]] + [trajectory.final_query]
-    refined = tuple(i for i, turn in enumerate(trajectory.turns) if turn.actions is not None)
-    queries = [trajectory.turns[0].query.new_empty(0, len(trajectory.turns[0].query))]
-    for i in refined:
-        query = following[i]
-        if query is None:
-            raise ValueError(f"query '{trajectory.moment.query_id}': turn {i} was refined but led to no query")
-        queries.append(query[None])
-    return refined, torch.cat(queries)
+    later = trajectory.turns[turn + 1 :]
+    query = later[0].query if later else trajectory.final_query
+    if query is None:
+        raise ValueError(f"query '{trajectory.moment.query_id}': turn {turn} led to no query")
+    return query
 
 
 def _final_turn(trajectory: Trajectory) -> Turn:
