@@ -13,10 +13,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from av.container import InputContainer
@@ -25,6 +23,7 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vsr1.errors import VideoError
+from vsr1.video.frames import Frames
 from vsr1.video.probe import (
     MATROSKA,
     MP4,
@@ -38,26 +37,6 @@ from vsr1.video.probe import (
     tick_of,
 )
 from vsr1.video.sampling import Sampling
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Sampled frames of one video.
-
-    `pixels` (T, H, W, 3) uint8 RGB, upright. `seconds` (T,) float64: when each frame is first displayed, counted
-    from the video's first frame. `duration` in seconds; `source` is the file.
-    """
-
-    pixels: Tensor
-    seconds: Tensor
-    duration: float
-    source: Path
-
-    def __len__(self) -> int:
-        return int(self.seconds.shape[0])
 
 
 def decode(
