@@ -108,7 +108,7 @@ class DaliDecoder:
             self._pipeline = None  # what is left of it after an error is not used again
             if len(cuts) > 1:
                 return [result for cut in cuts for result in self._isolated([cut])]
-            return [VideoError(cuts[0].source, f"DALI cannot decode it: {_last_line(error)}")]
+            return [VideoError(cuts[0].source, f"DALI cannot decode it: {_reason(error)}")]
 
     def _run(self, cuts: list[Excerpt]) -> Iterator[Frames]:
         import torch
@@ -176,9 +176,10 @@ def _stored(size: tuple[int, int], cut: Excerpt) -> tuple[int, int]:
     return size[::-1] if quarter_turns(cut.first) % 2 else size
 
 
-def _last_line(error: RuntimeError) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "Error" in line or "rror in" not in line), str(error))
+def _reason(error: RuntimeError) -> str:
+    """The line of DALI's message that says what it met; above it stands the pipeline's traceback, below its own."""
+    lines = [line.strip() for line in str(error).partition("encountered:")[2].splitlines() if line.strip()]
+    return lines[0] if lines else str(error).splitlines()[0]
 
 
 def _coloured(pixels: Tensor, cut: Excerpt) -> Tensor:
