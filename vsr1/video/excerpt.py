@@ -70,23 +70,35 @@ class Excerpt:
 
 
 @dataclass(eq=False)
+class _Coded:
+    """A packet and when its picture is displayed, in ticks."""
+
+    pts: int
+    packet: Packet
+
+    @property
+    def shown(self) -> bool:
+        return not self.packet.is_discard
+
+
+@dataclass(eq=False)
 class _Group:
     """A key picture and what is coded after it up to the next. `before` is the group its leading pictures refer to."""
 
-    packets: list[Packet]
+    packets: list[_Coded]
     before: _Group | None
     kept: int = 0
     """How many of the packets must be decoded."""
     leads: bool = False
     """Whether the leading pictures must be, too."""
 
-    def shown(self) -> list[Packet]:
+    def shown(self) -> list[_Coded]:
         """The pictures that can be displayed, in that order."""
         earliest = self.packets[0].pts if self.before is None else -math.inf
-        visible = (packet for packet in self.packets if not packet.is_discard and packet.pts >= earliest)
+        visible = (packet for packet in self.packets if packet.shown and packet.pts >= earliest)
         return sorted(visible, key=lambda packet: packet.pts)
 
-    def keep(self, packet: Packet) -> None:
+    def keep(self, packet: _Coded) -> None:
         self.kept = max(self.kept, self.packets.index(packet) + 1)
         if self.before is not None and packet.pts < self.packets[0].pts:
             self.leads, self.before.kept = True, len(self.before.packets)
@@ -137,11 +149,11 @@ class _Reader:
         self.wanted = sampling.wanted(self.duration)
         self.tick = tick_of(stream)
         self.kept: list[_Group] = []
-        self.chosen: list[Packet] = []
+        self.chosen: list[_Coded] = []
 
     def read(self) -> None:
         """Find the picture on display at each wanted time."""
-        last: list[Packet] = []
+        last: list[_Coded] = []
         group = None
         for following in self._groups():
             shown = following.shown()
@@ -157,14 +169,14 @@ class _Reader:
             group, last = following, shown
         if group is None:
             raise VideoError(self.path, "no frame can be decoded")
-        end = self._time(last[-1]) + (last[-1].duration or 0) * self.tick
+        end = self._time(last[-1]) + (last[-1].packet.duration or 0) * self.tick
         check_whole(self.path, self.container, self.stream, self.duration, end, self.wanted[-1])
         self._choose(group, last, math.inf)
 
-    def _time(self, packet: Packet) -> float:
+    def _time(self, packet: _Coded) -> float:
         return (packet.pts - self.start) * self.tick
 
-    def _choose(self, group: _Group, shown: list[Packet], until: float) -> None:
+    def _choose(self, group: _Group, shown: list[_Coded], until: float) -> None:
         """Choose for every wanted time that lies before `until` seconds, which is when the next group begins."""
         allowance = display_allowance(self.stream)
         times = [self._time(packet) - allowance for packet in shown]
@@ -180,7 +192,7 @@ class _Reader:
         """Groups in coded order; those without a wanted time may be skipped, where the container can be trusted."""
         considered = 0.0
         keys: list[int] | None = None if self.container.format.name in (MP4, MATROSKA) else []
-        packets: list[Packet] = []
+        packets: list[_Coded] = []
         before: _Group | None = None
         coming = self._packets()
         while (packet := next(coming, None)) is not None:
@@ -208,21 +220,21 @@ class _Reader:
         if packets:
             yield _Group(packets, before)
 
-    def _begins(self, packet: Packet) -> bool:
+    def _begins(self, packet: _Coded) -> bool:
         """Whether decoding can begin at this packet and go on after it."""
-        if not packet.is_keyframe or self.stream.codec_context.name != "h264":
-            return packet.is_keyframe
+        if not packet.packet.is_keyframe or self.stream.codec_context.name != "h264":
+            return packet.packet.is_keyframe
         header = self.stream.codec_context.extradata or b""
-        return INSTANT in _unit_types(bytes(packet), 1 + (header[4] & 3) if header[:1] == b"\1" else None)
+        return INSTANT in _unit_types(bytes(packet.packet), 1 + (header[4] & 3) if header[:1] == b"\1" else None)
 
-    def _packets(self) -> Iterator[Packet]:
+    def _packets(self) -> Iterator[_Coded]:
         for packet in self.container.demux(self.stream):
             if packet.is_corrupt:
                 raise VideoError(self.path, "a damaged frame (truncated file?)")
             if packet.size:
                 if packet.pts is None:
                     raise VideoError(self.path, NO_CLOCK)
-                yield packet
+                yield _Coded(packet.pts, packet)
 
 
 def _unit_types(data: bytes, prefix: int | None) -> Iterator[int]:
@@ -235,7 +247,7 @@ def _unit_types(data: bytes, prefix: int | None) -> Iterator[int]:
         position += prefix + int.from_bytes(data[position : position + prefix], "big")
 
 
-def _muxed(stream: VideoStream, groups: list[_Group], chosen: list[Packet]) -> tuple[np.ndarray, list[int]]:
+def _muxed(stream: VideoStream, groups: list[_Group], chosen: list[_Coded]) -> tuple[np.ndarray, list[int]]:
     """The kept packets as an mp4, and which of its frames each of the chosen is."""
     coded = [
         packet
@@ -252,8 +264,8 @@ def _muxed(stream: VideoStream, groups: list[_Group], chosen: list[Packet]) -> t
         track = container.add_stream_from_template(stream, opaque=True)
         track.time_base = CLOCK
         for index, packet in enumerate(coded):
-            copy = Packet(bytes(packet))
-            copy.stream, copy.time_base, copy.is_keyframe = track, CLOCK, packet.is_keyframe
+            copy = Packet(bytes(packet.packet))
+            copy.stream, copy.time_base, copy.is_keyframe = track, CLOCK, packet.packet.is_keyframe
             copy.dts, copy.pts = index, place[id(packet)] + delay
             container.mux(copy)
     return np.frombuffer(buffer.getvalue(), np.uint8), [place[id(packet)] for packet in chosen]
