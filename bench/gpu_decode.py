@@ -28,13 +28,13 @@ from vsr1.video.sampling import Sampling
 _FOLDER = Path(__file__).resolve().parent.parent / "tests" / "video"
 TESTS = [str(_FOLDER / "test_dali_gpu.py")]
 SANITIZED = [f"{_FOLDER / 'test_dali.py'}::test_what_nvdec_would_get_wrong_is_refused"]
-SIZES = {"480p": (480, 854), "1080p": (1080, 1920)}
+SIZES = {"480p": (480, 848), "1080p": (1080, 1920)}
 FILES, SECONDS, RATE, WANTED = 16, 60, 30, 64
 COUNT = 2 * len(SIZES)
 
 
 def film(path: Path, height: int, width: int) -> Path:
-    """A film of moving noise; the brightness of its left upper quarter, 2 + index of the second x 3, says where it is."""
+    """A film of moving noise; the brightness of its left upper quarter, 2 + 4 x the second, says where it is."""
     rng = np.random.default_rng(0)
     texture = np.kron(rng.integers(0, 256, (height // 8, width // 4, 3)), np.ones((8, 8, 1))).astype(np.uint8)
     with av.open(path, "w") as container:
