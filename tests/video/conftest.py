@@ -27,8 +27,9 @@ def read_numbers() -> Callable[[torch.Tensor], list[int]]:
     """The numbers that decoded frames (T, H, W, 3) carry."""
 
     def read(pixels: torch.Tensor) -> list[int]:
-        middle = pixels[:, SIDE // 2].float().mean(-1)
-        low, high = middle[:, 2 : SIDE // 2 - 2].mean(-1), middle[:, SIDE // 2 + 2 : -2].mean(-1)
+        middle = pixels[:, pixels.shape[1] // 2].float().mean(-1)
+        half, edge = pixels.shape[2] // 2, pixels.shape[2] // 16
+        low, high = middle[:, edge : half - edge].mean(-1), middle[:, half + edge : -edge].mean(-1)
         return [round(float(a) / 16) + 16 * round(float(b) / 16) for a, b in zip(low, high, strict=True)]
 
     return read
@@ -44,19 +45,21 @@ def write_numbered(tmp_path: Path) -> Callable[..., Path]:
         codec: str = "libx264",
         rotation: int = 0,
         clock: int = 1000,
+        side: int = SIDE,
+        pixels: str = "yuv420p",
         **options: str,
     ) -> Path:
         path = tmp_path / name
         with av.open(path, "w") as container:
             stream = container.add_stream(codec, rate=25, options={"crf": "10", **options})
-            stream.width = stream.height = SIDE
-            stream.pix_fmt = "yuv420p"
+            stream.width = stream.height = side
+            stream.pix_fmt = pixels
             stream.codec_context.thread_count = 1
             stream.codec_context.time_base = Fraction(1, clock)
             if rotation:
                 stream.set_display_rotation(rotation)
             for index, time in enumerate(milliseconds):
-                frame = av.VideoFrame.from_ndarray(numbered(index), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(numbered(index, side), format="rgb24")
                 frame.pts = round(time * clock / 1000)
                 frame.time_base = Fraction(1, clock)
                 container.mux(stream.encode(frame))

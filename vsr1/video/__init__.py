@@ -6,8 +6,9 @@ never pay for it.
 
 from __future__ import annotations
 
-from vsr1.video.decode import Frames, decode, decode_many
+from vsr1.video.decode import decode, decode_many
 from vsr1.video.encode import encode
+from vsr1.video.frames import Frames
 from vsr1.video.probe import VideoInfo, probe
 
 __all__ = ["Frames", "VideoInfo", "decode", "decode_many", "encode", "probe"]

@@ -9,15 +9,12 @@ works outside the interpreter lock) and hands errors back as values, so one bad 
 from __future__ import annotations
 
 import bisect
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from av.container import InputContainer
@@ -26,31 +23,20 @@ from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
 from vsr1.errors import VideoError
-from vsr1.video.probe import MATROSKA, MP4, duration_of, opened, quarter_turns, stamp, tick_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WORTH_A_JUMP = 2.0  # seconds; over a shorter gap reading on beats emptying the decoder and starting at a key frame
-# Seconds by which a whole file may end before its header says: frames without a duration (Matroska) count as nothing.
-SHORTFALL = 0.25
-
-
-@dataclass(frozen=True)
-class Frames:
-    """Sampled frames of one video.
-
-    `pixels` (T, H, W, 3) uint8 RGB, upright. `seconds` (T,) float64: when each frame is first displayed, counted
-    from the video's first frame. `duration` in seconds; `source` is the file.
-    """
-
-    pixels: Tensor
-    seconds: Tensor
-    duration: float
-    source: Path
-
-    def __len__(self) -> int:
-        return int(self.seconds.shape[0])
+from vsr1.video.frames import Frames
+from vsr1.video.probe import (
+    MATROSKA,
+    MP4,
+    WORTH_A_JUMP,
+    check_whole,
+    display_allowance,
+    duration_of,
+    opened,
+    quarter_turns,
+    stamp,
+    tick_of,
+)
+from vsr1.video.sampling import Sampling
 
 
 def decode(
@@ -60,6 +46,7 @@ def decode(
     fps: float | None = None,
     count: int | None = None,
     max_frames: int | None = None,
+    span: tuple[float, float] | None = None,
     threads: int | None = None,
 ) -> Frames:
     """Decode the frames displayed at the wanted times; works for variable frame rates as for constant ones.
@@ -72,17 +59,17 @@ def decode(
     Args:
         max_frames: if `fps` wants more frames than this, take this many by the rule of `count`; with `times` or
             `count` a plain upper limit.
+        span: (start, end) seconds that `fps` and `count` sample instead of the whole video.
         threads: decoder threads; None takes one for small frames and one per core for large ones.
 
     Raises:
         ValueError: the sampling arguments contradict each other or are out of range.
         VideoError: the file is missing, damaged, cut short before a wanted time, or holds no video.
     """
-    _check(times, fps, count, max_frames)
+    sampling = Sampling(times, fps, count, max_frames, span)
     with opened(path, threads) as (container, stream):
         duration = duration_of(path, container, stream)
-        wanted = _wanted_times(duration, times, fps, count, max_frames)
-        pixels, seconds = _collect(path, container, stream, duration, wanted)
+        pixels, seconds = _collect(path, container, stream, duration, sampling.wanted(duration))
 
     import torch  # here and not above: processes that only encode or probe must not load it
 
@@ -97,19 +84,20 @@ def decode_many(
     fps: float | None = None,
     count: int | None = None,
     max_frames: int | None = None,
+    span: tuple[float, float] | None = None,
 ) -> Iterator[tuple[Path, Frames | VideoError]]:
     """Decode many files with `workers` threads (0: one per core), in the order given, one thread a file.
 
     At most two files a worker are held decoded and unread. A file that fails yields its `VideoError` in place of
     frames. Sampling arguments are those of `decode`.
     """
-    _check(times, fps, count, max_frames)
+    Sampling(times, fps, count, max_frames, span)  # complains now, not in a worker
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
 
     def task(path: Path) -> Frames | VideoError:
         try:
-            return decode(path, times=times, fps=fps, count=count, max_frames=max_frames, threads=1)
+            return decode(path, times=times, fps=fps, count=count, max_frames=max_frames, span=span, threads=1)
         except VideoError as error:
             return error
 
@@ -132,46 +120,6 @@ def decode_many(
     return results()
 
 
-def _check(times: Sequence[float] | None, fps: float | None, count: int | None, max_frames: int | None) -> None:
-    given = [name for name, value in (("times", times), ("fps", fps), ("count", count)) if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"give exactly one of times, fps and count; got {' and '.join(given) or 'none'}")
-    if times is not None:
-        if len(times) == 0 or not all(math.isfinite(time) and time >= 0 for time in times):
-            raise ValueError(f"times must be one or more seconds from 0 on, got {list(times)}")
-        if any(later < earlier for earlier, later in pairwise(times)):
-            raise ValueError(f"times must ascend, got {list(times)}")
-    if fps is not None and not (math.isfinite(fps) and fps > 0):
-        raise ValueError(f"fps must be above 0, got {fps}")
-    if count is not None and count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
-    if max_frames is not None:
-        if max_frames < 1:
-            raise ValueError(f"max_frames must be at least 1, got {max_frames}")
-        asked = len(times) if times is not None else count
-        if asked is not None and asked > max_frames:
-            raise ValueError(f"{asked} frames are asked for, but max_frames is {max_frames}")
-
-
-def _wanted_times(
-    duration: float,
-    times: Sequence[float] | None,
-    fps: float | None,
-    count: int | None,
-    max_frames: int | None,
-) -> list[float]:
-    if times is not None:
-        return [float(time) for time in times]
-    if fps is not None:
-        # The small allowance keeps 2.9999999999 s x 1 fps from becoming a fourth frame at the very end.
-        number = max(1, math.ceil(duration * fps - 1e-6))
-        if max_frames is None or number <= max_frames:
-            return [index / fps for index in range(number)]
-        count = max_frames
-    assert count is not None
-    return [index * duration / count for index in range(count)]
-
-
 def _collect(
     path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, duration: float, wanted: list[float]
 ) -> tuple[np.ndarray, list[float]]:
@@ -179,8 +127,7 @@ def _collect(
     upright = _Upright()
     pixels = np.empty(0, np.uint8)
     seconds: list[float] = []
-    # Half a tick: containers round 2/3 s to their clock (0.667 s in Matroska), and that frame is on display at 2/3 s.
-    allowance = tick_of(stream) / 2 + 1e-9
+    allowance = display_allowance(stream)
 
     def take(time: float, frame: VideoFrame, repeats: int) -> None:
         nonlocal pixels
@@ -201,9 +148,7 @@ def _collect(
     if previous is None:
         raise VideoError(path, "no frame can be decoded")
     end = previous[0] + (previous[1].duration or 0) * tick_of(stream)
-    # A container's duration may be that of its sound; the stream's own, or that of a film without sound, is a promise.
-    if (stream.duration or len(container.streams) == 1) and wanted[-1] >= end and duration - end > SHORTFALL:
-        raise VideoError(path, f"ends at {end:.2f} s of {duration:.2f} s (truncated?)")
+    check_whole(path, container, stream, duration, end, wanted[-1])
     take(*previous, len(wanted) - len(seconds))
     return pixels, seconds
 

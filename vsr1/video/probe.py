@@ -25,6 +25,9 @@ MICROSECOND = 1e-6  # the unit of a container's duration
 MP4, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # FFmpeg's names of formats
 NO_CLOCK = "its frames carry no presentation times; put the stream into an mp4 or mkv file"
 SMALL_AREA = 256 * 256  # pixels; below it starting decoder threads costs more than the decoding
+WORTH_A_JUMP = 2.0  # seconds; over a shorter gap reading on beats emptying the decoder and starting at a key frame
+# Seconds by which a whole file may end before its header says: frames without a duration (Matroska) count as nothing.
+SHORTFALL = 0.25
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,29 @@ def stamp(path: str | os.PathLike[str], frame: VideoFrame) -> int:
 def tick_of(stream: VideoStream) -> float:
     """Seconds of one tick of the stream's clock."""
     return float(stream.time_base or 0)
+
+
+def display_allowance(stream: VideoStream) -> float:
+    """Seconds by which a frame may come after a wanted time and still be the one on display then.
+
+    Half a tick: containers round 2/3 s to their clock (0.667 s in Matroska), and that frame is on display at 2/3 s.
+    """
+    return tick_of(stream) / 2 + 1e-9
+
+
+def check_whole(
+    path: str | os.PathLike[str],
+    container: InputContainer,
+    stream: VideoStream,
+    duration: float,
+    end: float,
+    last_wanted: float,
+) -> None:
+    """Raise VideoError where the frames `end` so early that the `last_wanted` time is not theirs to serve."""
+    # A container's duration may be that of its sound; the stream's own, or that of a film without sound, is a promise.
+    promised = stream.duration or len(container.streams) == 1
+    if promised and last_wanted >= end and duration - end > SHORTFALL:
+        raise VideoError(path, f"ends at {end:.2f} s of {duration:.2f} s (truncated?)")
 
 
 def quarter_turns(frame: VideoFrame) -> int:

@@ -1,0 +1,271 @@
+"""The coded pictures that the wanted frames need, and nothing else, as a small mp4 in memory with a clock of its own.
+
+Hardware decoders count frames and know nothing of presentation: edit lists, variable rates, sound, odd containers and
+seeking go wrong there. So `excerpt` settles all of that here, without decoding. It reads packets as `decode` reads frames
+(jumping over what nobody wants), finds for each wanted time the picture on display, and keeps its group (from the key
+picture on, in coded order) up to the last picture wanted from it. What is kept is muxed with presentation times 0, 1,
+2, ...: decoding the excerpt from its start gives picture n as frame n, whatever the file was.
+
+Pictures that lead a key picture (displayed before it, coded after it: "open" groups) need the group before; it is kept
+whole where one of them is wanted, and where it is not, they are left out.
+"""
+
+from __future__ import annotations
+
+import bisect
+import io
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from vsr1.errors import BackendUnavailable, VideoError
+from vsr1.video.probe import (
+    MATROSKA,
+    MP4,
+    NO_CLOCK,
+    WORTH_A_JUMP,
+    check_whole,
+    display_allowance,
+    duration_of,
+    opened,
+    stamp,
+    tick_of,
+)
+from vsr1.video.sampling import Sampling
+
+CODECS = {"h264": "h264", "hevc": "hevc", "vp9": "vp9", "libvpx-vp9": "vp9", "av1": "av1", "libdav1d": "av1"}
+"""The decoders whose streams an excerpt can carry, with the names of the codecs."""
+CLOCK = Fraction(1, 1000)
+INSTANT = 5
+"""The type of an H.264 unit of a picture after which nothing refers to what came before it: not every key picture is one."""
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """Coded pictures of one video.
+
+    `data` (n,) uint8: an mp4. `frames`: which of its frames are wanted, ascending and each once. `rows`: for each
+    wanted time its place in `frames`. `seconds`: for each wanted time when its frame is first displayed. `duration` is
+    the video's. `first` is the video's first frame, decoded: size, rotation and colours are those of all.
+    """
+
+    source: Path
+    codec: str
+    data: np.ndarray
+    frames: list[int]
+    rows: list[int]
+    seconds: list[float]
+    duration: float
+    first: VideoFrame
+
+
+@dataclass(eq=False)
+class _Coded:
+    """A packet and when its picture is displayed, in ticks."""
+
+    pts: int
+    packet: Packet
+
+    @property
+    def shown(self) -> bool:
+        return not self.packet.is_discard
+
+
+@dataclass(eq=False)
+class _Group:
+    """A key picture and what is coded after it up to the next. `before` is the group its leading pictures refer to."""
+
+    packets: list[_Coded]
+    before: _Group | None
+    kept: int = 0
+    """How many of the packets must be decoded."""
+    leads: bool = False
+    """Whether the leading pictures must be, too."""
+
+    def shown(self) -> list[_Coded]:
+        """The pictures that can be displayed, in that order."""
+        earliest = self.packets[0].pts if self.before is None else -math.inf
+        visible = (packet for packet in self.packets if packet.shown and packet.pts >= earliest)
+        return sorted(visible, key=lambda packet: packet.pts)
+
+    def keep(self, packet: _Coded) -> None:
+        self.kept = max(self.kept, self.packets.index(packet) + 1)
+        if self.before is not None and packet.pts < self.packets[0].pts:
+            self.leads, self.before.kept = True, len(self.before.packets)
+
+
+def excerpt(path: str | os.PathLike[str], sampling: Sampling) -> Excerpt:
+    """Cut out of a file what decoding the wanted frames takes.
+
+    Raises:
+        VideoError: the file is missing, damaged, cut short before a wanted time, or holds no video.
+        BackendUnavailable: its codec does not go into an excerpt, or it begins with pictures that refer to missing ones.
+    """
+    with opened(path, threads=1) as (container, stream):
+        codec = stream.codec_context.name
+        if CODECS.get(codec) is None:
+            raise BackendUnavailable(f"an excerpt carries {', '.join(CODECS)}, and video '{path}' is {codec}")
+        first = _first_frame(path)
+        reader = _Reader(path, container, stream, stamp(path, first), sampling)
+        reader.read()
+        seconds = [(packet.pts - reader.start) * reader.tick for packet in reader.chosen]
+        data, places = _muxed(stream, reader.kept, reader.chosen)
+    frames = sorted(set(places))
+    rows = [frames.index(place) for place in places]
+    return Excerpt(Path(path), CODECS[codec], data, frames, rows, seconds, reader.duration, first)
+
+
+def _first_frame(path: str | os.PathLike[str]) -> VideoFrame:
+    with opened(path, threads=1) as (container, stream):
+        frame = next(container.decode(stream), None)
+        if frame is None:
+            raise VideoError(path, "no frame can be decoded")
+        return frame
+
+
+class _Reader:
+    """One pass over the packets of a file: which pictures are `chosen`, and which groups must be `kept` for them."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        container: InputContainer,
+        stream: VideoStream,
+        start: int,
+        sampling: Sampling,
+    ) -> None:
+        self.path, self.container, self.stream, self.start = path, container, stream, start
+        self.duration = duration_of(path, container, stream)
+        self.wanted = sampling.wanted(self.duration)
+        self.tick = tick_of(stream)
+        self.kept: list[_Group] = []
+        self.chosen: list[_Coded] = []
+
+    def read(self) -> None:
+        """Find the picture on display at each wanted time."""
+        last: list[_Coded] = []
+        group = None
+        for following in self._groups():
+            shown = following.shown()
+            if not shown:
+                continue
+            if group is None:
+                if shown[0].pts != self.start:
+                    raise BackendUnavailable(f"video '{self.path}' begins with pictures that refer to missing ones")
+            else:
+                self._choose(group, last, self._time(shown[0]))
+                if len(self.chosen) == len(self.wanted):
+                    return
+            group, last = following, shown
+        if group is None:
+            raise VideoError(self.path, "no frame can be decoded")
+        end = self._time(last[-1]) + (last[-1].packet.duration or 0) * self.tick
+        check_whole(self.path, self.container, self.stream, self.duration, end, self.wanted[-1])
+        self._choose(group, last, math.inf)
+
+    def _time(self, packet: _Coded) -> float:
+        return (packet.pts - self.start) * self.tick
+
+    def _choose(self, group: _Group, shown: list[_Coded], until: float) -> None:
+        """Choose for every wanted time that lies before `until` seconds, which is when the next group begins."""
+        allowance = display_allowance(self.stream)
+        times = [self._time(packet) - allowance for packet in shown]
+        for wanted in self.wanted[len(self.chosen) : bisect.bisect_left(self.wanted, until - allowance)]:
+            packet = shown[max(0, bisect.bisect_right(times, wanted) - 1)]
+            group.keep(packet)
+            self.chosen.append(packet)
+        if group.before is not None:
+            group.before.before = None  # or every group would hold all that came before it
+        self.kept += [item for item in (group.before, group) if item and item.kept and item not in self.kept[-2:]]
+
+    def _groups(self) -> Iterator[_Group]:
+        """Groups in coded order; those without a wanted time may be skipped, where the container can be trusted."""
+        considered = 0.0
+        keys: list[int] | None = None if self.container.format.name in (MP4, MATROSKA) else []
+        packets: list[_Coded] = []
+        before: _Group | None = None
+        coming = self._packets()
+        while (packet := next(coming, None)) is not None:
+            begins = self._begins(packet)
+            if begins and packets:
+                yield (before := _Group(packets, before))
+                packets = []
+                wanted = self.wanted[len(self.chosen)]
+                if wanted - self._time(packet) >= WORTH_A_JUMP and wanted > considered:
+                    considered = wanted  # once per wanted time, whatever key picture the jump lands on
+                    target = self.start + int(wanted / self.tick)
+                    if keys is None or any(packet.pts < key <= target for key in keys):
+                        self.container.seek(target, stream=self.stream)
+                        coming, before = self._packets(), None
+                        packet = next(coming, None)
+                        if packet is None or packet.pts > target or not self._begins(packet):
+                            keys = []  # an index that leads elsewhere is not asked again
+                            self.container.seek(self.start, stream=self.stream)
+                            coming = self._packets()
+                            continue
+                    if keys is None:  # only now: Matroska's index lies at its end and is read at the first jump
+                        keys = [entry.timestamp for entry in self.stream.index_entries if entry.is_keyframe]
+            if begins or packets:
+                packets.append(packet)
+        if packets:
+            yield _Group(packets, before)
+
+    def _begins(self, packet: _Coded) -> bool:
+        """Whether decoding can begin at this packet and go on after it."""
+        if not packet.packet.is_keyframe or self.stream.codec_context.name != "h264":
+            return packet.packet.is_keyframe
+        header = self.stream.codec_context.extradata or b""
+        return INSTANT in _unit_types(bytes(packet.packet), 1 + (header[4] & 3) if header[:1] == b"\1" else None)
+
+    def _packets(self) -> Iterator[_Coded]:
+        for packet in self.container.demux(self.stream):
+            if packet.is_corrupt:
+                raise VideoError(self.path, "a damaged frame (truncated file?)")
+            if packet.size:
+                if packet.pts is None:
+                    raise VideoError(self.path, NO_CLOCK)
+                yield _Coded(packet.pts, packet)
+
+
+def _unit_types(data: bytes, prefix: int | None) -> Iterator[int]:
+    """The types of the units of an H.264 packet: each after its length in `prefix` bytes, or (None) after a start code."""
+    position = 0
+    while prefix is None and (position := data.find(b"\0\0\1", position) + 3) > 2 and position < len(data):
+        yield data[position] & 31
+    while prefix is not None and position + prefix < len(data):
+        yield data[position + prefix] & 31
+        position += prefix + int.from_bytes(data[position : position + prefix], "big")
+
+
+def _muxed(stream: VideoStream, groups: list[_Group], chosen: list[_Coded]) -> tuple[np.ndarray, list[int]]:
+    """The kept packets as an mp4, and which of its frames each of the chosen is."""
+    coded = [
+        packet
+        for group in groups
+        for packet in group.packets[: group.kept]
+        if group.leads or packet.pts >= group.packets[0].pts
+    ]
+    order = sorted(range(len(coded)), key=lambda index: (coded[index].pts, index))
+    place = {id(coded[index]): rank for rank, index in enumerate(order)}
+    # No picture may be displayed before it is decoded.
+    delay = max(index - place[id(packet)] for index, packet in enumerate(coded))
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4", options={"use_editlist": "0"}) as container:
+        track = container.add_stream_from_template(stream, opaque=True)
+        track.time_base = CLOCK
+        for index, packet in enumerate(coded):
+            copy = Packet(bytes(packet.packet))
+            copy.stream, copy.time_base, copy.is_keyframe = track, CLOCK, packet.packet.is_keyframe
+            copy.dts, copy.pts = index, place[id(packet)] + delay
+            container.mux(copy)
+    return np.frombuffer(buffer.getvalue(), np.uint8), [place[id(packet)] for packet in chosen]

@@ -1,0 +1,27 @@
+"""What decoding gives, whichever backend did it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Sampled frames of one video.
+
+    `pixels` (T, H, W, 3) uint8 RGB, upright. `seconds` (T,) float64: when each frame is first displayed, counted
+    from the video's first frame. `duration` in seconds; `source` is the file.
+    """
+
+    pixels: Tensor
+    seconds: Tensor
+    duration: float
+    source: Path
+
+    def __len__(self) -> int:
+        return int(self.seconds.shape[0])
