@@ -1,13 +1,13 @@
 """Stage 2: group-relative policy optimisation over the live loop.
 
 Every rollout runs G trajectories for each of a few queries through the real loop, with sampled text, sampled soft tokens
-and live retrieval. The text of a trajectory is judged as a whole (advantage within its query's group); the soft tokens of
-a turn are judged by what they did to the ranking (advantage among the group's refinements at that turn).
+and live retrieval. What was said and what was refined are judged apart (`vsr1.train.credit`).
 
 One packed forward pass gives all losses: every prompt is read once, whatever the number of replies that continue it, and
 the replies share its keys and values, with gradient. The reference reads the same packs. Behind the replies that refined,
-the soft tokens are rolled out again under the present weights, once, for two losses: the policy gradient of the soft tokens
-that were drawn, and InfoNCE of the query that their means make, over the whole corpus.
+the soft tokens are rolled out again under the present weights, once, for three losses: the policy gradient of the soft tokens
+that were drawn; InfoNCE of the query that their means make, over the whole corpus; and distillation, which asks the means to
+resemble a text that says what the query means, where there is one.
 """
 
 from __future__ import annotations
@@ -57,14 +57,16 @@ class GrpoTraining:
     weights through `vllm_weights`, a folder that both see. lora_rank: train low-rank adapters of that
     rank instead of all weights (0); the reference is then the model without them, and no second copy is held.
 
-    advantage: how the rewards of a query's group are compared. Rewards here differ a little even where all verdicts agree,
+    credit: "trajectory" gives what was said the advantage of its whole trajectory, "turn" compares each reply with the group's
+    other replies to the same prompt. advantage: how the rewards of a group are compared. Rewards here differ a little even where all verdicts agree,
     and divided by the group's deviation ("std") such a hair counts as much as a right answer; "mean" and "leave_one_out"
     leave it small. dr_grpo divides by `max_tokens`. Groups without variance teach nothing and are
     left out.
 
     sigma: exploration of the soft tokens, in units of their coordinates. beta, latent_beta: weights of the KL to the policy it
     starts from, of the text and of the soft tokens (which otherwise drift while the text learns).
-    latent_weight of the soft tokens' policy gradient, contrast_weight of their InfoNCE. temperature: of the softmax over the
+    latent_weight of the soft tokens' policy gradient, contrast_weight of their InfoNCE, distillation_weight of what keeps them
+    close to the meaning of the query. temperature: of the softmax over the
     corpus in both and in the retrieval reward. pack_tokens: most tokens that one forward and backward pass holds.
     """
 
