@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
 
 from vsr1.errors import BackendUnavailable
-from vsr1.ops import last_backend, patches
+from vsr1.ops import _patches_backends, last_backend
 from vsr1.ops.patches import frames_to_patches, smart_size
 
 
@@ -104,7 +104,7 @@ def test_a_batch_is_its_videos_one_after_another():
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (96, 32)])
 def test_both_resizes_agree_within_a_rounding_of_each_pass(size):
     planes = noise(4, 70, 45, 3).permute(0, 3, 1, 2)
-    fast, slow = patches._resize_on_cpu(planes, *size), patches._resize_in_float(planes, *size)
+    fast, slow = _patches_backends.resize_on_cpu(planes, *size), _patches_backends.resize_in_float(planes, *size)
     difference = (fast.int() - slow.int()).abs()
     assert difference.max() <= 2  # one unit per pass
     assert (difference > 0).float().mean() < 0.01
