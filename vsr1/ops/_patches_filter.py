@@ -1,7 +1,7 @@
 """The integer filters of the byte resize: which pixels of a line, and how much of each, make one pixel of the resized line.
 
-Pillow's arithmetic, which torch's byte kernel for CPUs has, too: weights of the antialiased cubic are computed in float64 and made
-int16 with as many bits behind the point as the largest of them leaves room for; a resized pixel is then a sum of integers,
+The arithmetic of Pillow and of torch's byte kernel for CPUs: weights of the antialiased cubic are computed in float64 and made
+int16, with as many bits behind the point as the largest of them leaves room for; a resized pixel is then a sum of integers,
 rounded and clamped to a byte. Such sums have the same bits in any order, on a CPU and on a GPU.
 """
 
