@@ -11,6 +11,20 @@ constexpr int kStep = 2 * kLanes;   // bytes that go down together
 typedef uint8_t Pixels __attribute__((vector_size(kGroup * 16)));
 
 #if VSR1_LANES > 4
+// 16 bytes of each of two lines, and of kGroup.
+VSR1_TARGET static inline __m256i gather_two(const uint8_t* lines, int64_t stride) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(load<__m128i>(lines)), load<__m128i>(lines + stride), 1);
+}
+
+VSR1_TARGET static inline Pixels gather(const uint8_t* lines, int64_t stride) {
+    const __m256i two = gather_two(lines, stride);
+#if VSR1_LANES == 16
+    return (Pixels)_mm512_maskz_inserti64x4(kAll, _mm512_castsi256_si512(two), gather_two(lines + 2 * stride, stride), 1);
+#else
+    return (Pixels)two;
+#endif
+}
+
 // The bytes of each 16 that `order` names, 0 where it is negative.
 VSR1_TARGET static inline Pixels shuffle(Pixels bytes, __m128i order) {
 #if VSR1_LANES == 16
@@ -25,9 +39,7 @@ VSR1_TARGET static inline Pixels shuffle(Pixels bytes, __m128i order) {
 VSR1_TARGET static inline void lay_out_pairs(const uint8_t* lines, int64_t stride, int64_t count, Shorts* pairs) {
     for (int64_t x = 0; x < count; x += 4) {
 #if VSR1_LANES > 4
-        Pixels pixels;
-        for (int i = 0; i < kGroup; ++i)
-            std::memcpy(reinterpret_cast<char*>(&pixels) + 16 * i, lines + i * stride + 3 * x, 16);
+        const Pixels pixels = gather(lines + 3 * x, stride);
         const __m128i first = _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1);
         const __m128i used = _mm_setr_epi8(3, 0, 3, 0, 3, 0, 3, 0, 3, 0, 3, 0, 0, 0, 0, 0);
         __m128i order = first;
@@ -89,18 +101,25 @@ VSR1_TARGET static void resize_across(
     Shorts* pairs = reinterpret_cast<Shorts*>(room);
     lay_out_pairs(lines, stride, filter.source + filter.taps, pairs);
     const Lanes half = Lanes{} + (1 << filter.bits >> 1);
-    for (int64_t x = 0; x < filter.target; x += 4) {
+    const int64_t apart = filter.target >= 4;  // the four pixels of a shorter line are one and the same
+    const int64_t made = apart ? 4 : 1;
+    for (int64_t x = 0; x < filter.target; x += made) {
+        const int64_t first = std::min(x, filter.target - made);
+        const Shorts* pixel[4];
         Lanes sums[4];
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) {
-            const int64_t i = std::min(x + q, filter.target - 1);
-            const Shorts* pixel = pairs + filter.begin[i];
-            const int16_t* weights = filter.weights + i * filter.taps;
-            Lanes sum = half;
-            for (int64_t j = 0; j < filter.taps; j += 2) sum = multiply_add_pairs(pixel[j], weight_pair(weights + j), sum);
-            sums[q] = sum >> filter.bits;
+            pixel[q] = pairs + filter.begin[first + q * apart];
+            sums[q] = half;
         }
-        store_pixels(sums, out + 3 * x, out_stride);
+        const int16_t* weights = filter.weights + first * filter.taps;
+        for (int64_t j = 0; j < filter.taps; j += 2)
+#pragma GCC unroll 4
+            for (int q = 0; q < 4; ++q)
+                sums[q] = multiply_add_pairs(pixel[q][j], weight_pair(weights + q * apart * filter.taps + j), sums[q]);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) sums[q] >>= filter.bits;
+        store_pixels(sums, out + 3 * first, out_stride);
     }
 }
 
