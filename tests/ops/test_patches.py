@@ -53,6 +53,16 @@ def test_equals_the_stock_processor(shape, size):
     assert torch.equal(rows, expected)
 
 
+def test_equals_the_stock_processor_with_torchvision():
+    pytest.importorskip("torchvision")
+    frames = noise(5, 70, 90, 3)
+    processor = Qwen3VLVideoProcessor(do_sample_frames=False, do_resize=False)
+    out = processor(videos=[frames[:, :64, :64].permute(0, 3, 1, 2).contiguous()], return_tensors="pt")
+    rows, grid = frames_to_patches(frames[:, :64, :64], (64, 64))
+    assert torch.equal(grid, out["video_grid_thw"])
+    assert torch.equal(rows, out["pixel_values_videos"])
+
+
 def test_mean_std_and_geometry_follow_the_arguments():
     frames, mean, std = noise(3, 56, 84, 3), (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
     rows, grid = frames_to_patches(frames, (56, 84), patch=14, merge=2, temporal=3, mean=mean, std=std)
@@ -141,8 +151,9 @@ def test_backend_is_reported_and_unknown_ones_refused():
         frames_to_patches(noise(2, 32, 32, 3), (32, 32), backend="triton")
 
 
-def test_is_a_well_formed_custom_op():
-    arguments = (noise(1, 3, 40, 50, 3), 32, 64, 16, 2, 2, [0.5] * 3, [0.5] * 3, torch.float32, "auto")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_is_a_well_formed_custom_op(backend):
+    arguments = (noise(1, 3, 40, 50, 3), 32, 64, 16, 2, 2, [0.5] * 3, [0.5] * 3, torch.float32, backend)
     torch.library.opcheck(torch.ops.vsr1.frames_to_patches, arguments)
 
 
