@@ -26,8 +26,8 @@ def stock(frames: Tensor, dtype: torch.dtype) -> Tensor:
     return tiles.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 1536).to(dtype)
 
 
-def ours(frames: Tensor, dtype: torch.dtype) -> Tensor:
-    return frames_to_patches(frames, SIZE, dtype=dtype)[0]
+def ours(frames: Tensor, dtype: torch.dtype, backend: str = "auto") -> Tensor:
+    return frames_to_patches(frames, SIZE, dtype=dtype, backend=backend)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,7 +50,11 @@ def test_frames_to_patches(race: Callable[..., None], quick: bool, dtype: str) -
 
     race(
         f"{dtype} {count} frames 480x640 -> {SIZE[0]}x{SIZE[1]}",
-        {"vsr1": partial(ours, frames, DTYPES[dtype]), "stock": partial(stock, frames, DTYPES[dtype])},
+        {
+            "vsr1": partial(ours, frames, DTYPES[dtype]),
+            "stock": partial(stock, frames, DTYPES[dtype]),
+            "own reference": partial(ours, frames, DTYPES[dtype], "reference"),
+        },
         check,
         reads=frames,
         bounds=[faster_than("stock", 3.0), memory],

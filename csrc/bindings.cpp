@@ -7,6 +7,7 @@
 
 #include "vsr1/corpus_scan.h"
 #include "vsr1/linear_logp.h"
+#include "vsr1/patches.h"
 #include "vsr1/prefix.h"
 #include "vsr1/soft_query.h"
 
@@ -139,6 +140,24 @@ void prefix_attention(
     vsr1::prefix_attention(task, {pointer<void>(out), pointer<float>(lse)});
 }
 
+// Filters down and across as (source, target, address of begin or 0, address of weights, taps, bits); geometry: patch, merge, temporal.
+void frames_to_patches(
+    uintptr_t pixels, std::array<int64_t, 2> counts, std::array<int64_t, 5> strides,
+    std::array<std::array<uintptr_t, 6>, 2> filters, std::array<int64_t, 3> geometry, uintptr_t values, int64_t value_bytes,
+    int threads, uintptr_t rows) {
+    const auto filter = [&](int i) {
+        const auto [source, target, begin, weights, taps, bits] = filters[i];
+        return vsr1::Filter{int64_t(source), int64_t(target), pointer<const int32_t>(begin), pointer<const int16_t>(weights), int64_t(taps), int(bits)};
+    };
+    const auto [patch, merge, temporal] = geometry;
+    const vsr1::PatchTask task{
+        pointer<const uint8_t>(pixels), counts[0], counts[1], strides, filter(0), filter(1), patch, merge, temporal,
+        pointer<const void>(values), value_bytes, threads,
+    };
+    const py::gil_scoped_release release;
+    vsr1::frames_to_patches(task, pointer<void>(rows));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -174,6 +193,9 @@ PYBIND11_MODULE(_C, module) {
     module.def(
         "prefix_attention", &prefix_attention, py::arg("bfloat16"), py::arg("sizes"), py::arg("arrays"), py::arg("strides"),
         py::arg("scale"), py::arg("threads"), py::arg("out"), py::arg("lse"));
+    module.def(
+        "frames_to_patches", &frames_to_patches, py::kw_only(), py::arg("pixels"), py::arg("counts"), py::arg("strides"),
+        py::arg("filters"), py::arg("geometry"), py::arg("values"), py::arg("value_bytes"), py::arg("threads"), py::arg("rows"));
     module.def("isas", &vsr1::isas, "Instruction sets this processor has, best first");
     module.def("isa", &vsr1::isa, "The instruction set in use");
     module.def("use_isa", &vsr1::use_isa, py::arg("name"), "Use another one of isas()");

@@ -74,6 +74,7 @@ struct KeyRun {
 struct LogitTile;
 struct RowSums;
 struct RowGradient;
+struct Filter;
 
 struct Kernels {
     int lanes = 0;  // floats in a register; how queries of bfloat16 rows are laid out depends on it (`position`)
@@ -116,6 +117,14 @@ struct Kernels {
     void (*meet_many)(int64_t width, const float* queries, const KeyRun&, float* peak, float* total, float* sums) = nullptr;
     // or one query along its components, filled up with zeros to a register.
     void (*meet_alone)(const float* query, const KeyRun&, float& peak, float& total, float* sum) = nullptr;
+
+    // The byte resize of RGB lines (vsr1/patches.h), lanes / 4 of them at once across, which needs room for `lanes` words a pixel of
+    // the source, of its taps and of 4 more; bytes behind the lines, as many as patches.cpp leaves there, are read and written too.
+    void (*resize_across)(
+        const uint8_t* lines, int64_t stride, const Filter&, int32_t* room, uint8_t* out, int64_t out_stride) = nullptr;
+    // out = the `count` bytes of one line from `taps` lines.
+    void (*resize_down)(
+        const uint8_t* const* lines, const int16_t* weights, int64_t taps, int bits, int64_t count, uint8_t* out) = nullptr;
 
     // Where component d of a query, or of `expected`, lies: bfloat16 rows are read as even and odd components.
     int64_t position(int64_t d, bool bfloat16) const {

@@ -24,6 +24,7 @@
 
 #include "instruction_sets.h"
 #include "vsr1/linear_logp.h"
+#include "vsr1/patches.h"
 #include "vsr1/prefix.h"
 
 // Keeps the compiler from reading a value again and again from memory, where the loads of a tile would outnumber its products.
@@ -450,6 +451,7 @@ VSR1_TARGET static double score_exactly(const float* query, const void* row, int
 #include "weighted_sum.inl"
 #include "linear_logp.inl"
 #include "prefix.inl"
+#include "patches.inl"
 
 const Kernels kKernels = {
     .lanes = kLanes,
@@ -470,6 +472,8 @@ const Kernels kKernels = {
     .differentiate_logits = differentiate_logits,
     .meet_many = meet_many,
     .meet_alone = meet_alone,
+    .resize_across = resize_across,
+    .resize_down = resize_down,
 };
 
 }  // namespace vsr1::VSR1_ISA

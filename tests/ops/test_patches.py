@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor, smart_resize
 
 from vsr1.errors import BackendUnavailable
-from vsr1.ops import last_backend, patches
+from vsr1.ops import _patches_backends, last_backend
 from vsr1.ops.patches import frames_to_patches, smart_size
 
 
@@ -51,6 +51,16 @@ def test_equals_the_stock_processor(shape, size):
     assert torch.equal(grid, expected_grid)
     assert rows.dtype == torch.float32
     assert torch.equal(rows, expected)
+
+
+def test_equals_the_stock_processor_with_torchvision():
+    pytest.importorskip("torchvision")
+    frames = noise(5, 70, 90, 3)
+    processor = Qwen3VLVideoProcessor(do_sample_frames=False, do_resize=False)
+    out = processor(videos=[frames[:, :64, :64].permute(0, 3, 1, 2).contiguous()], return_tensors="pt")
+    rows, grid = frames_to_patches(frames[:, :64, :64], (64, 64))
+    assert torch.equal(grid, out["video_grid_thw"])
+    assert torch.equal(rows, out["pixel_values_videos"])
 
 
 def test_mean_std_and_geometry_follow_the_arguments():
@@ -104,7 +114,7 @@ def test_a_batch_is_its_videos_one_after_another():
 @pytest.mark.parametrize("size", [(32, 32), (64, 96), (96, 32)])
 def test_both_resizes_agree_within_a_rounding_of_each_pass(size):
     planes = noise(4, 70, 45, 3).permute(0, 3, 1, 2)
-    fast, slow = patches._resize_on_cpu(planes, *size), patches._resize_in_float(planes, *size)
+    fast, slow = _patches_backends.resize_on_cpu(planes, *size), _patches_backends.resize_in_float(planes, *size)
     difference = (fast.int() - slow.int()).abs()
     assert difference.max() <= 2  # one unit per pass
     assert (difference > 0).float().mean() < 0.01
@@ -141,8 +151,9 @@ def test_backend_is_reported_and_unknown_ones_refused():
         frames_to_patches(noise(2, 32, 32, 3), (32, 32), backend="triton")
 
 
-def test_is_a_well_formed_custom_op():
-    arguments = (noise(1, 3, 40, 50, 3), 32, 64, 16, 2, 2, [0.5] * 3, [0.5] * 3, torch.float32, "auto")
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_is_a_well_formed_custom_op(backend):
+    arguments = (noise(1, 3, 40, 50, 3), 32, 64, 16, 2, 2, [0.5] * 3, [0.5] * 3, torch.float32, backend)
     torch.library.opcheck(torch.ops.vsr1.frames_to_patches, arguments)
 
 

@@ -1,9 +1,9 @@
 """Decoded frames to the rows a Qwen3-VL vision tower reads.
 
 Frames come in as bytes, (T, H, W, 3). They are resized to a size the patch grid divides, an odd last frame is repeated
-so that frames pair up in time, and the pixels are copied once into the order of the rows: one row per patch of
-`temporal` frames x `patch` x `patch` pixels, the `merge` x `merge` patches that become one token next to each other.
-Rescaling and normalisation happen in place on that copy, so nothing larger than the output is held beside it.
+so that frames pair up in time, and the pixels are rescaled, normalised and written in the order of the rows: one row per
+patch of `temporal` frames x `patch` x `patch` pixels, the `merge` x `merge` patches that become one token next to each
+other. In C++ a few lines at a time go all that way in cache; on a GPU only the resized width lies in between.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from vsr1.ops._dispatch import Backend, register, resolve
+from vsr1.ops._patches_backends import reference, rows_of
 
-register("patches", reference=Backend())
+__all__ = ["frames_to_patches", "reference", "smart_size"]
 
 
 def frames_to_patches(
@@ -56,10 +55,14 @@ def frames_to_patches(
     videos = frames if frames.dim() == 5 else frames[None]
     height, width = size
     grid = (-(-videos.shape[1] // temporal), height // patch, width // patch)
-    rows = _frames_to_patches(
+    rows = rows_of(
         videos, height, width, patch, merge, temporal, [float(m) for m in mean], [float(s) for s in std], dtype, backend
     )
-    return rows, torch.tensor(grid, dtype=torch.int64, device=frames.device).repeat(videos.shape[0], 1)
+    # Filled where it lies: a GPU would be waited for until it has a copy.
+    grids = torch.empty((videos.shape[0], 3), dtype=torch.int64, device=frames.device)
+    for column, count in enumerate(grid):
+        grids[:, column].fill_(count)
+    return rows, grids
 
 
 def smart_size(height: int, width: int, *, min_pixels: int, max_pixels: int, factor: int) -> tuple[int, int]:
@@ -120,85 +123,3 @@ def _validate(
         raise ValueError(f"mean and std need three values each, std above 0; got mean={mean}, std={std}")
     if not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating point type; got {dtype}")
-
-
-@torch.library.custom_op("vsr1::frames_to_patches", mutates_args=())
-def _frames_to_patches(
-    videos: Tensor,
-    height: int,
-    width: int,
-    patch: int,
-    merge: int,
-    temporal: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    resolve("patches", backend, device=videos.device, dtype=videos.dtype)
-    return reference(videos, height, width, patch, merge, temporal, mean, std, dtype)
-
-
-@_frames_to_patches.register_fake
-def _(
-    videos: Tensor,
-    height: int,
-    width: int,
-    patch: int,
-    merge: int,
-    temporal: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    count = videos.shape[0] * -(-videos.shape[1] // temporal) * (height // patch) * (width // patch)
-    return videos.new_empty((count, 3 * temporal * patch * patch), dtype=dtype)
-
-
-def reference(
-    videos: Tensor,
-    height: int,
-    width: int,
-    patch: int,
-    merge: int,
-    temporal: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The op in plain torch; arguments as in `frames_to_patches`, `videos` (B, T, H, W, 3) uint8."""
-    resized = _resize(videos, height, width)
-    missing = -resized.shape[1] % temporal
-    resized = torch.cat([resized, resized[:, -1:].expand(-1, missing, -1, -1, -1)], dim=1)
-    # (video, t, frame, merged row, row, y, merged column, column, x, channel) -> the order of the rows
-    tiles = resized.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch)).unflatten(1, (-1, temporal))
-    tiles = tiles.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
-    rows = torch.empty(tiles.shape, dtype=torch.float32, device=videos.device).copy_(tiles)
-    rows = rows.view(-1, 3, temporal * patch * patch)
-    # Mean and deviation are scaled to bytes instead of the bytes to 0..1: bit for bit what the stock processor does.
-    rows.sub_(rows.new_tensor(mean).mul_(255.0)[:, None]).div_(rows.new_tensor(std).mul_(255.0)[:, None])
-    return rows.flatten(1).to(dtype)
-
-
-def _resize(videos: Tensor, height: int, width: int) -> Tensor:
-    """Antialiased bicubic resize of (B, T, H, W, 3) uint8 to (B, T, height, width, 3) uint8."""
-    if videos.shape[2:4] == (height, width):
-        return videos
-    planes = videos.flatten(0, 1).permute(0, 3, 1, 2)
-    resized = _resize_on_cpu(planes, height, width) if videos.is_cpu else _resize_in_float(planes, height, width)
-    return resized.permute(0, 2, 3, 1).unflatten(0, videos.shape[:2])
-
-
-def _resize_on_cpu(planes: Tensor, height: int, width: int) -> Tensor:
-    # torch's byte kernel exists on the CPU only; it is 20 times faster than the float one; torchvision uses it too.
-    return F.interpolate(planes, (height, width), mode="bicubic", antialias=True, align_corners=False)
-
-
-def _resize_in_float(planes: Tensor, height: int, width: int) -> Tensor:
-    # One pass at a time: rounding and clamping only at the end gives other pixels, by up to 8 of 255 at hard edges.
-    pixels = planes.float()
-    for size in ((planes.shape[-2], width), (height, width)):
-        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False)
-        pixels = pixels.round_().clamp_(0, 255)
-    return pixels.to(torch.uint8)
