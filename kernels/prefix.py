@@ -1,15 +1,15 @@
 """Attention over shared prefixes on a GPU, for few queries a row: two launches, bound by reading keys and values once.
 
-A decoder asks one query a row, and all rows of a prefix, with all query heads that read one key head, see the same keys. They are
-folded into one axis of queries, so that a tile of keys is read once and met by all of them in one matrix product; a suffix is met
-by the queries of its own row in the same way. Few prompts would keep few multiprocessors busy, so the keys are split into spans of
-equal length, those of the prefixes and those of the suffixes, each a program: `part_kernel` leaves for every query and span the
-output and the log-partition of a softmax over the span alone, in float32. `merge_kernel` adds up what a query has in all spans,
-each weighted by its share of the whole partition, which gives the softmax over all keys.
+A decoder asks one query a row, and all rows of a prefix, with all query heads that read one key head, see the same keys. They
+are folded into one axis of queries, so that a tile of keys is read once and met by all of them in one matrix product; a suffix is
+met by the queries of its own row in the same way. Few prompts would keep few multiprocessors busy, so the keys are split into
+spans of equal length, those of the prefixes and those of the suffixes, each a program: `part_kernel` leaves for every query and
+span the output and the log-partition of a softmax over the span alone, in float32. `merge_kernel` adds up what a query has in all
+spans, each weighted by its share of the whole partition, which gives the softmax over all keys.
 
-Which rows belong to a prefix is found by its programs, each of which counts through the owners: sorting them would be a handful of
-launches more. Log-partitions are to the base 2 inside, scores are scaled to it. No sum depends on the order of programs; lengths
-and numbers of rows are run-time values, and offsets of 64 bits.
+Which rows belong to a prefix is found by its programs, each of which counts through the owners: sorting them would be a handful
+of launches more. Log-partitions are to the base 2 inside, scores are scaled to it. No sum depends on the order of programs;
+lengths and numbers of rows are run-time values, and offsets of 64 bits.
 """
 
 from __future__ import annotations
@@ -23,25 +23,24 @@ from torch import Tensor
 
 PROGRAMS = 2  # spans for every multiprocessor; more cost more partial outputs than they hide latency
 LEAST_SPAN = 128  # keys; below that writing and reading a partial output takes longer than the keys
-MOST_ROWS = 64  # of a tile of queries
 
 
 @triton.jit
-def visible(mask, o_query, o_key, m_key, query_stride, key_stride, PER_QUERY: tl.constexpr):
-    """Which keys of a set may be seen: `mask` at its row, or at the row of each query; the two indices are broadcast."""
-    if mask is None:
-        return m_key
-    if PER_QUERY:
-        p_mask = mask + o_query.to(tl.int64) * query_stride + o_key.to(tl.int64) * key_stride
-    else:
-        p_mask = mask + o_key.to(tl.int64) * key_stride
-    return tl.load(p_mask, mask=m_key, other=0) != 0
+def visible(mask, o_query, o_key, m_key, query_stride, PER_QUERY: tl.constexpr):
+    """Which keys of a set may be seen, by its mask's one row or by the row of each query; the two indices are broadcast."""
+    seen = m_key
+    if mask is not None:
+        p_mask = mask + o_key
+        if PER_QUERY:
+            p_mask += o_query.to(tl.int64) * query_stride
+        seen = tl.load(p_mask, mask=m_key, other=0) != 0
+    return seen
 
 
 @triton.jit
 def attend(
     b_q, b_out, b_peak, b_mass, keys, values, mask, o_query, first, last, scale,
-    key_stride, value_stride, mask_query, mask_key,
+    key_stride, value_stride, mask_query,
     D: tl.constexpr, PER_QUERY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The running softmax of a tile of queries, carried over keys `first` to `last` of one set and head."""
@@ -53,7 +52,7 @@ def attend(
         p_k = keys + o_key[None, :].to(tl.int64) * key_stride + o_d[:, None]
         b_k = tl.load(p_k, mask=m_key[None, :] & m_d[:, None], other=0.0)
         b_scores = tl.dot(b_q, b_k, input_precision="ieee") * scale
-        seen = visible(mask, o_query[:, None], o_key[None, :], m_key[None, :], mask_query, mask_key, PER_QUERY)
+        seen = visible(mask, o_query[:, None], o_key[None, :], m_key[None, :], mask_query, PER_QUERY)
         b_scores = tl.where(seen, b_scores, float("-inf"))
         b_raised = tl.maximum(b_peak, tl.max(b_scores, axis=1))
         b_level = tl.where(b_raised == float("-inf"), 0.0, b_raised)  # -inf less -inf would be NaN
@@ -77,24 +76,25 @@ def finished(b_out, b_peak, b_mass):
 @triton.jit
 def rows_of(n, slot, owner, group, R, BLOCK_R: tl.constexpr):
     """The rows at places `slot` among those of prefix n, int64, and how many it has."""
-    if owner is None:
-        return n * group + slot, group
-    b_row = tl.zeros(slot.shape, tl.int64)
-    count = 0
-    for start in range(0, R, BLOCK_R):
-        o_row = start + tl.arange(0, BLOCK_R)
-        b_mine = (tl.load(owner + o_row, mask=o_row < R, other=-1) == n).to(tl.int32)
-        b_place = count + tl.cumsum(b_mine, axis=0) - b_mine
-        b_here = (b_place[None, :] == slot[:, None]) & (b_mine[None, :] != 0)
-        b_row += tl.sum(tl.where(b_here, o_row[None, :], 0), axis=1)
-        count += tl.sum(b_mine, axis=0)
+    b_row = n * group + slot
+    count = group
+    if owner is not None:
+        b_row = tl.zeros(slot.shape, tl.int64)
+        count = 0
+        for start in range(0, R, BLOCK_R):
+            o_row = start + tl.arange(0, BLOCK_R)
+            b_mine = (tl.load(owner + o_row, mask=o_row < R, other=-1) == n).to(tl.int32)
+            b_place = count + tl.cumsum(b_mine, axis=0) - b_mine
+            b_here = (b_place[None, :] == slot[:, None]) & (b_mine[None, :] != 0)
+            b_row += tl.sum(tl.where(b_here, o_row[None, :], 0), axis=1)
+            count += tl.sum(b_mine, axis=0)
     return b_row, count
 
 
 @triton.jit
 def part(
     job, q, k, v, owner, mask, parts, levels, group, R, L, K, tiles, span, splits, first_split, all_splits, scale,
-    k_set, k_head, k_key, v_set, v_head, v_key, mask_set, mask_query, mask_key,
+    k_set, k_head, k_key, v_set, v_head, v_key, mask_set, mask_query,
     HEADS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, PER_QUERY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def part(
         b_q, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32),
         tl.zeros((BLOCK_M,), tl.float32), k + n * k_set + head.to(tl.int64) * k_head,
         v + n * v_set + head.to(tl.int64) * v_head, mask, o_m % L, first, last, scale,
-        k_key, v_key, mask_query, mask_key, D, PER_QUERY, BLOCK_N, BLOCK_D,
+        k_key, v_key, mask_query, D, PER_QUERY, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     b_out, b_level = finished(b_out, b_peak, b_mass)
     o_part = o_out * all_splits + first_split + split
@@ -129,14 +129,14 @@ def part(
 @triton.jit(
     do_not_specialize=[
         "group", "R", "prefixes", "P", "S", "prefix_tiles", "suffix_tiles", "span", "prefix_splits", "suffix_splits",
-        "pm_set", "pm_query", "pm_key", "sm_set", "sm_query", "sm_key",
+        "pm_set", "pm_query", "sm_set", "sm_query",
     ]
 )  # fmt: skip
 def part_kernel(
     q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, parts, levels,
     group, R, prefixes, L, P, S, prefix_tiles, suffix_tiles, span, prefix_splits, suffix_splits, scale,
     kp_set, kp_head, kp_key, vp_set, vp_head, vp_key, ks_set, ks_head, ks_key, vs_set, vs_head, vs_key,
-    pm_set, pm_query, pm_key, sm_set, sm_query, sm_key,
+    pm_set, pm_query, sm_set, sm_query,
     HEADS: tl.constexpr, SHARE: tl.constexpr, D: tl.constexpr, PER_QUERY: tl.constexpr,
     PREFIX_M: tl.constexpr, SUFFIX_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -148,14 +148,14 @@ def part_kernel(
         part(
             job, q, k_prefix, v_prefix, owner, prefix_mask, parts, levels,
             group, R, L, P, prefix_tiles, span, prefix_splits, 0, all_splits, scale,
-            kp_set, kp_head, kp_key, vp_set, vp_head, vp_key, pm_set, pm_query, pm_key,
+            kp_set, kp_head, kp_key, vp_set, vp_head, vp_key, pm_set, pm_query,
             HEADS, SHARE, D, False, PREFIX_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:  # a suffix is the prefix of one row
         part(
             job - prefix_jobs, q, k_suffix, v_suffix, None, suffix_mask, parts, levels,
             1, R, L, S, suffix_tiles, span, suffix_splits, prefix_splits, all_splits, scale,
-            ks_set, ks_head, ks_key, vs_set, vs_head, vs_key, sm_set, sm_query, sm_key,
+            ks_set, ks_head, ks_key, vs_set, vs_head, vs_key, sm_set, sm_query,
             HEADS, SHARE, D, PER_QUERY, SUFFIX_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
@@ -198,15 +198,22 @@ def merge_kernel(
 
 
 def part_blocks(width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Tile sizes and launch options: tiles of keys and of values of 16 KiB each, three of either under way."""
+    """Tile sizes and launch options but for the rows; with tensor cores, tiles of 16 KiB of keys and of values."""
     size = max(16, triton.next_power_of_2(width))
-    keys = max(16, min(64, 8192 // size * 2 // dtype.itemsize))
-    return {"BLOCK_N": keys, "BLOCK_D": size, "num_warps": 4, "num_stages": 3}
+    if dtype == torch.float32:  # multiplied in full
+        return {"BLOCK_N": 16, "BLOCK_D": size, "num_warps": 8, "num_stages": 1}
+    return {
+        "BLOCK_N": 64 if size <= 128 else 32,
+        "BLOCK_D": size,
+        "num_warps": 4 if size <= 128 else 8,
+        "num_stages": 3,
+    }
 
 
-def tile_rows(queries: int) -> int:
-    """Of a tile for that many queries."""
-    return max(16, min(MOST_ROWS, triton.next_power_of_2(queries)))
+def tile_rows(queries: int, width: int, dtype: torch.dtype) -> int:
+    """Of a tile for that many queries; no larger one fits into the registers."""
+    most = 64 if width <= 128 and dtype != torch.float32 else 32
+    return max(16, min(most, triton.next_power_of_2(queries)))
 
 
 def decode(
@@ -224,9 +231,9 @@ def decode(
     `vsr1.ops._prefix_backends.forward`. Keys and values are dense in their last dimension, q and owner contiguous."""
     (R, query_heads, L, D), (prefixes, heads, P, _), S = q.shape, k_prefix.shape, k_suffix.shape[2]
     share = query_heads // heads
-    group = R // max(prefixes, 1)
-    usual, most = (group, group) if owner is None else (2 * group, R)
-    prefix_rows, suffix_rows = tile_rows(usual * share * L), tile_rows(share * L)
+    group = triton.cdiv(R, max(prefixes, 1))
+    usual, most = (group, group) if owner is None else (min(2 * group, R), R)
+    prefix_rows, suffix_rows = (tile_rows(count * share * L, D, q.dtype) for count in (usual, 1))
     prefix_tiles, suffix_tiles = triton.cdiv(most * share * L, prefix_rows), triton.cdiv(share * L, suffix_rows)
     blocks = part_blocks(D, q.dtype)
     keys = heads * (prefixes * triton.cdiv(usual * share * L, prefix_rows) * P + R * suffix_tiles * S)
@@ -255,11 +262,11 @@ def decode(
     return out, lse
 
 
-def mask_strides(mask: Tensor | None) -> tuple[int, int, int]:
-    """Of sets, queries and keys; a mask of two dimensions is one for all queries."""
+def mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    """Of sets and of queries, 0 where all queries share one row."""
     if mask is None:
-        return 0, 0, 0
-    return mask.stride(0), mask.stride(1) if mask.dim() == 3 else 0, mask.stride(-1)
+        return 0, 0
+    return mask.stride(0), mask.stride(1) if per_query(mask) else 0
 
 
 def per_query(mask: Tensor | None) -> bool:

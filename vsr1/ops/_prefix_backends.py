@@ -31,7 +31,9 @@ attention = torch.ops.vsr1.shared_prefix_attention.default
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 MOST_COMPILED_QUERIES = 8  # of a row; behind that the suffix is worth the matrix products of torch's kernels
 WIDEST_COMPILED_HEAD = 256  # csrc/include/vsr1/prefix.h
-MOST_GPU_DECODED_QUERIES = 16  # of a row; behind that its tiles of queries are enough for a GPU without splitting the keys
+MOST_GPU_DECODED_QUERIES = (
+    16  # of a row; behind that its tiles of queries are enough for a GPU without splitting the keys
+)
 WIDEST_GPU_HEAD = 256
 
 
@@ -293,8 +295,11 @@ def _triton(
     if not q.numel():
         return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     compute = prefix.decode if q.shape[2] <= MOST_GPU_DECODED_QUERIES else prefix_training.forward
-    sides = (_dense(part) for part in (k_prefix, v_prefix, k_suffix, v_suffix))
-    return compute(q.contiguous(), *sides, _contiguous(owner), prefix_mask, suffix_mask, scale)
+    rest = (
+        part if part is None else _dense(part)
+        for part in (k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask)
+    )
+    return compute(q.contiguous(), *rest, scale)
 
 
 def _triton_backward(
@@ -314,22 +319,18 @@ def _triton_backward(
     """In Triton (kernels/prefix_training.py), for any number of queries."""
     from vsr1.kernels import prefix_training
 
-    kp, vp, ks, vs = (_dense(part) for part in (k_prefix, v_prefix, k_suffix, v_suffix))
+    tensors = k_prefix, v_prefix, k_suffix, v_suffix
     if not q.numel():
-        of_q, of_kp, of_vp, of_ks, of_vs = (part.new_zeros(part.shape) for part in (q, kp, vp, ks, vs))
-        return of_q, of_kp, of_vp, of_ks, of_vs
+        of_q, kp, vp, ks, vs = (part.new_zeros(part.shape) for part in (q, *tensors))
+        return of_q, kp, vp, ks, vs
     grad, q, out, lse = (part.contiguous() for part in (grad, q, out, lse))
-    sides = kp, vp, ks, vs
-    return prefix_training.backward(grad, q, *sides, _contiguous(owner), prefix_mask, suffix_mask, out, lse, scale)
+    rest = (part if part is None else _dense(part) for part in (*tensors, owner, prefix_mask, suffix_mask))
+    return prefix_training.backward(grad, q, *rest, out, lse, scale)
 
 
 def _dense(part: Tensor) -> Tensor:
     """With its last dimension dense, as the kernels read it."""
     return part if part.stride(-1) == 1 else part.contiguous()
-
-
-def _contiguous(owner: Tensor | None) -> Tensor | None:
-    return None if owner is None else owner.contiguous()
 
 
 def _cpu_refuses(*, device: torch.device, dtype: torch.dtype, **_: Any) -> str | None:
