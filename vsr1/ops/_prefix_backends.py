@@ -8,6 +8,7 @@ part needs no more of the other than that and the common output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ torch.library.register_autograd("vsr1::shared_prefix_attention", _gradient, setu
 
 
 def _check_owner(owner: Tensor | None, prefixes: int) -> None:
-    """Raise ValueError for a value that names no prefix; on a GPU, where reading it would wait for the device, indexing does."""
+    """Raise ValueError for a value that names no prefix; on a GPU reading it would wait for the device, and none is read."""
     if owner is None or owner.device.type != "cpu" or not len(owner):
         return
     lowest, highest = (int(bound) for bound in owner.aminmax())
@@ -349,8 +350,16 @@ def _triton_refuses(*, device: torch.device, dtype: torch.dtype, width: int) -> 
     return cuda_only(device=device)
 
 
-_FORWARD = {"cpu": _prefix_flash.forward, "triton": _triton, "reference": reference}
-_BACKWARD = {"cpu": _prefix_flash.backward, "triton": _triton_backward, "reference": reference_backward}
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "cpu": _prefix_flash.forward,
+    "triton": _triton,
+    "reference": reference,
+}
+_BACKWARD: dict[str, Callable[..., Gradients]] = {
+    "cpu": _prefix_flash.backward,
+    "triton": _triton_backward,
+    "reference": reference_backward,
+}
 register(
     "prefix",
     cpu=Backend(extension_missing, _cpu_refuses),
