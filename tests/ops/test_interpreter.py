@@ -24,6 +24,7 @@ FILES = (
     "test_corpus_scan_cuda_host.py",
     "test_linear_logp_triton.py",
     "test_patches_triton.py",
+    "test_prefix_triton.py",
 )
 SELECTED = "triton or whole_op"  # some files by their names; of the others what runs on Triton kernels
 

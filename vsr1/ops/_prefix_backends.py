@@ -8,13 +8,14 @@ part needs no more of the other than that and the common output.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vsr1.ops import _prefix_flash
-from vsr1.ops._dispatch import Backend, cpu_only, extension_missing, register, resolve
+from vsr1.ops._dispatch import Backend, cpu_only, cuda_only, extension_missing, register, resolve, triton_missing
 
 # Not torch.library.custom_op, whose first call imports torch._dynamo: two seconds of everybody's first step.
 _INPUTS = (
@@ -31,6 +32,10 @@ attention = torch.ops.vsr1.shared_prefix_attention.default
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 MOST_COMPILED_QUERIES = 8  # of a row; behind that the suffix is worth the matrix products of torch's kernels
 WIDEST_COMPILED_HEAD = 256  # csrc/include/vsr1/prefix.h
+MOST_GPU_DECODED_QUERIES = (
+    16  # of a row; behind that its tiles of queries are enough for a GPU without splitting the keys
+)
+WIDEST_GPU_HEAD = 256
 
 
 def forward(
@@ -53,11 +58,11 @@ def forward(
     suffix_mask is (R, 1 or L, S). The values of `owner` are checked here, not at the door, where tracing would see it.
     """
     tensors = q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask
-    name = resolve("prefix", backend, device=q.device, dtype=q.dtype)
+    name = resolve("prefix", backend, device=q.device, dtype=q.dtype, width=q.shape[3])
     if name == "cpu" and q.shape[2] <= MOST_COMPILED_QUERIES and q.shape[3] <= WIDEST_COMPILED_HEAD:
         return decode(*tensors, scale, wants_lse)  # checks the owner itself
     _check_owner(owner, len(k_prefix))
-    return (_prefix_flash.forward if name == "cpu" else reference)(*tensors, scale)
+    return _FORWARD[name](*tensors, scale)
 
 
 @torch.library.impl("vsr1::shared_prefix_attention", "default")
@@ -69,16 +74,15 @@ def _attention(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("vsr1::shared_prefix_attention")
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @torch.library.impl("vsr1::shared_prefix_attention_backward", "default")
 def backward(grad: Tensor, q: Tensor, *rest: Any) -> Gradients:
     """Gradients in q, keys and values, from that of the output and what `forward` took and gave."""
     *tensors, scale, backend = rest
-    name = resolve("prefix", backend, device=q.device, dtype=q.dtype)
-    compute = _prefix_flash.backward if name == "cpu" else reference_backward
-    return compute(*(grad, q, *tensors, scale))
+    name = resolve("prefix", backend, device=q.device, dtype=q.dtype, width=q.shape[3])
+    return _BACKWARD[name](grad, q, *tensors, scale)
 
 
 @torch.library.register_fake("vsr1::shared_prefix_attention_backward")
@@ -103,7 +107,7 @@ torch.library.register_autograd("vsr1::shared_prefix_attention", _gradient, setu
 
 
 def _check_owner(owner: Tensor | None, prefixes: int) -> None:
-    """Raise ValueError for a value that names no prefix; on a GPU, where reading it would wait for the device, indexing does."""
+    """Raise ValueError for a value that names no prefix; on a GPU reading it would wait for the device, and none is read."""
     if owner is None or owner.device.type != "cpu" or not len(owner):
         return
     lowest, highest = (int(bound) for bound in owner.aminmax())
@@ -275,10 +279,90 @@ def _visible_suffix(mask: Tensor | None, q: Tensor, keys: Tensor) -> Tensor | No
     return None if mask is None else _fold(mask[:, None].expand(*q.shape[:3], -1), keys)
 
 
-def _cpu_refuses(*, device: torch.device, dtype: torch.dtype) -> str | None:
+def _triton(
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    owner: Tensor | None,
+    prefix_mask: Tensor | None,
+    suffix_mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """In Triton: few queries a row split their keys among programs (kernels/prefix.py), many do not need to."""
+    from vsr1.kernels import prefix, prefix_training
+
+    if not q.numel():
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    compute = prefix.decode if q.shape[2] <= MOST_GPU_DECODED_QUERIES else prefix_training.forward
+    rest = (
+        part if part is None else _dense(part)
+        for part in (k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask)
+    )
+    return compute(q.contiguous(), *rest, scale)
+
+
+def _triton_backward(
+    grad: Tensor,
+    q: Tensor,
+    k_prefix: Tensor,
+    v_prefix: Tensor,
+    k_suffix: Tensor,
+    v_suffix: Tensor,
+    owner: Tensor | None,
+    prefix_mask: Tensor | None,
+    suffix_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> Gradients:
+    """In Triton (kernels/prefix_training.py), for any number of queries."""
+    from vsr1.kernels import prefix_training
+
+    tensors = k_prefix, v_prefix, k_suffix, v_suffix
+    if not q.numel():
+        of_q, kp, vp, ks, vs = (part.new_zeros(part.shape) for part in (q, *tensors))
+        return of_q, kp, vp, ks, vs
+    grad, q, out, lse = (part.contiguous() for part in (grad, q, out, lse))
+    rest = (part if part is None else _dense(part) for part in (*tensors, owner, prefix_mask, suffix_mask))
+    return prefix_training.backward(grad, q, *rest, out, lse, scale)
+
+
+def _dense(part: Tensor) -> Tensor:
+    """With its last dimension dense, as the kernels read it."""
+    return part if part.stride(-1) == 1 else part.contiguous()
+
+
+def _cpu_refuses(*, device: torch.device, dtype: torch.dtype, **_: Any) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16 tensors; these are {str(dtype).removeprefix('torch.')}"
     return cpu_only(device=device)
 
 
-register("prefix", cpu=Backend(extension_missing, _cpu_refuses), reference=Backend())
+def _triton_refuses(*, device: torch.device, dtype: torch.dtype, width: int) -> str | None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"takes float32, float16 and bfloat16 tensors; these are {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return "runs on CPU tensors in Triton's interpreter only, which computes bfloat16 wrongly"
+    if width > WIDEST_GPU_HEAD:
+        return f"takes heads of at most {WIDEST_GPU_HEAD} numbers; these have {width}"
+    return cuda_only(device=device)
+
+
+_FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "cpu": _prefix_flash.forward,
+    "triton": _triton,
+    "reference": reference,
+}
+_BACKWARD: dict[str, Callable[..., Gradients]] = {
+    "cpu": _prefix_flash.backward,
+    "triton": _triton_backward,
+    "reference": reference_backward,
+}
+register(
+    "prefix",
+    cpu=Backend(extension_missing, _cpu_refuses),
+    triton=Backend(triton_missing, _triton_refuses),
+    reference=Backend(),
+)

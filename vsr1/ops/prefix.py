@@ -43,7 +43,8 @@ def shared_prefix_attention(
         k_prefix, v_prefix: (N, Hkv, P, D). k_suffix, v_suffix: (R, Hkv, S, D). P or S may be 0.
         group: which rows share a prefix. An int G: R = N * G, and row r belongs to prefix r // G. Or (R,) int64, the
             prefix of each row: in any order, and a prefix may have any number of rows, also none. Values outside 0..N-1
-            raise ValueError on the CPU and trip the device's own bounds check on a GPU.
+            raise ValueError on the CPU; on a GPU, where nobody waits to read them, their rows are NaN, or the reference
+            trips the device's own bounds check.
         prefix_mask: (N, P) bool, True where the prefix may be seen (prompts of several lengths); all of it by default.
         suffix_mask: (R, S) or, one row per query, (R, L, S) bool, True where the suffix may be seen; all by default.
             There is no implied causality: with L > 1, pass the triangle.
