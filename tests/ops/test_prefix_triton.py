@@ -32,7 +32,7 @@ DECODING = {
     "even": {},
     "one-row": {"groups": 1, "group": 1},
     "split": {"prefix": 300, "suffix": 140, "groups": 1, "group": 2, "key_heads": 1},
-    "many-rows": {"owner": MANY, "key_heads": 1},
+    "many-rows": {"owner": MANY, "key_heads": 1, "prefix": 20, "suffix": 3},
     "no-gqa": {"owner": OWNER, "key_heads": 4},
     "L3": {"owner": OWNER, "queries": 3},
     "D23": {"owner": OWNER, "width": 23},
