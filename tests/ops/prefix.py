@@ -30,10 +30,10 @@ def tensors(
 def plain(q, k_prefix, v_prefix, k_suffix, v_suffix, group, prefix_mask=None, suffix_mask=None, scale=None):
     """Every row with its own copy of the prefix, through torch's attention."""
     rows, _, queries, _ = q.shape
-    owner = group if isinstance(group, torch.Tensor) else torch.arange(rows) // group
+    owner = group if isinstance(group, torch.Tensor) else torch.arange(rows, device=q.device) // group
     k = torch.cat([k_prefix[owner], k_suffix], 2)
     v = torch.cat([v_prefix[owner], v_suffix], 2)
-    seen = torch.ones(rows, queries, k.shape[2], dtype=torch.bool)
+    seen = torch.ones(rows, queries, k.shape[2], dtype=torch.bool, device=q.device)
     prefix = k_prefix.shape[2]
     if prefix_mask is not None:
         seen[..., :prefix] = prefix_mask[owner][:, None]

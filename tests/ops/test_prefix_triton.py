@@ -20,13 +20,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RUN = [name for name in DTYPES if DEVICE == "cuda" or name != "bf16"]
 on_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
-MANY = [
-    1,
-    0,
-    1,
-    1,
-    3,
-] * 6  # 18 rows of one prefix with 4 heads are more than a tile; prefix 2 has none, nor has the last
+# 18 rows of one prefix with 4 heads are more than a tile; prefix 2 has none, nor has the last
+MANY = [1, 0, 1, 1, 3] * 6
 OWNER = [2, 0, 2, 4, 0, 1]
 DECODING = {
     "even": {},
@@ -230,7 +225,7 @@ def test_triton_forward_and_backward_can_be_captured_in_a_graph(queries: int) ->
         assert last_backend() == "triton"
         return [out, *torch.autograd.grad(out, kept, torch.ones_like(out))]
 
-    wanted = [part.clone() for part in both()]
+    wanted = [part.detach().clone() for part in both()]  # a graph left alive would tie the capture to this stream
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
