@@ -58,16 +58,15 @@ class GrpoTraining:
     rank instead of all weights (0); the reference is then the model without them, and no second copy is held.
 
     credit: "trajectory" gives what was said the advantage of its whole trajectory, "turn" compares each reply with the group's
-    other replies to the same prompt. advantage: how the rewards of a group are compared. Rewards here differ a little even where all verdicts agree,
-    and divided by the group's deviation ("std") such a hair counts as much as a right answer; "mean" and "leave_one_out"
-    leave it small. dr_grpo divides by `max_tokens`. Groups without variance teach nothing and are
-    left out.
+    other replies to the same prompt. advantage: how the rewards of a group are compared. Rewards here differ a little even
+    where all verdicts agree, and divided by the group's deviation ("std") such a hair counts as much as a right answer; "mean"
+    and "leave_one_out" leave it small. dr_grpo divides by `max_tokens`.
 
     sigma: exploration of the soft tokens, in units of their coordinates. beta, latent_beta: weights of the KL to the policy it
-    starts from, of the text and of the soft tokens (which otherwise drift while the text learns).
-    latent_weight of the soft tokens' policy gradient, contrast_weight of their InfoNCE, distillation_weight of what keeps them
-    close to the meaning of the query. temperature: of the softmax over the
-    corpus in both and in the retrieval reward. pack_tokens: most tokens that one forward and backward pass holds.
+    starts from, of the text and of the soft tokens (which otherwise drift while the text learns). latent_weight: of the soft
+    tokens' policy gradient; contrast_weight: of their InfoNCE; distillation_weight: of what keeps them close to the meaning of
+    the query. temperature: of the softmax over the corpus in InfoNCE and in the retrieval reward. pack_tokens: most tokens that
+    one forward and backward pass holds.
     """
 
     optimisation: Optimisation = field(
