@@ -50,8 +50,9 @@ def _parser() -> Parser:
         other = commands.add_parser(name, help=described)
         other.set_defaults(command=command)
         other.add_argument("corpus", type=Path)
-    other.add_argument("video_ids", nargs="*", metavar="ID")
-    other.add_argument("--missing", action="store_true", help="also all videos whose file is gone")
+        if name == "remove":
+            other.add_argument("video_ids", nargs="*", metavar="ID")
+            other.add_argument("--missing", action="store_true", help="also all videos whose file is gone")
     return parser
 
 

@@ -14,13 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Full, Queue
+from typing import TYPE_CHECKING
 
 from vsr1.corpus import FileMark
 from vsr1.errors import VideoError
 from vsr1.ingest.listing import Failure
 from vsr1.ingest.plan import Video, changing, mark_of, still
-from vsr1.models.vision import VideoSettings
 from vsr1.video import Frames, decode_many
+
+if TYPE_CHECKING:
+    from vsr1.models.vision import VideoSettings
 
 GROUP_BYTES = 512 << 20  # of frames in one group, which holds one video at least
 _LOOK_SECONDS = 0.1  # between looks whether the caller has gone

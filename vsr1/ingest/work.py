@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,9 @@ from vsr1.ingest.decoding import Batches, Decoded
 from vsr1.ingest.listing import EXTENSIONS, Failure, find
 from vsr1.ingest.plan import Plan, Twin
 from vsr1.ingest.report import IngestReport, keep
-from vsr1.models.embedder import Embedder
+
+if TYPE_CHECKING:
+    from vsr1.models.embedder import Embedder
 
 TWINS_AT_ONCE = 1024  # rows in one commit where there is nothing to compute
 MANY_SEGMENTS = 64  # files of vectors; with more of them the run ends with a compaction
