@@ -26,7 +26,9 @@ Add = Callable[..., IngestReport]
 def add(tmp_path: Path, colours: Colours) -> Add:
     def add(*paths: str, **options: Any) -> IngestReport:
         options.setdefault("batch", 2)
-        return ingest.add(tmp_path / "corpus", [tmp_path / path for path in paths or ("films",)], colours, workers=2, **options)
+        return ingest.add(
+            tmp_path / "corpus", [tmp_path / path for path in paths or ("films",)], colours, workers=2, **options
+        )
 
     return add
 
@@ -356,7 +358,7 @@ def test_errors_of_the_run(add: Add, tmp_path: Path, colours: Colours, monkeypat
     (tmp_path / "films").mkdir()
     with pytest.raises(ConfigError, match="no video below"):
         add()
-    with pytest.raises(ConfigError, match="'.*nowhere' is not there"):
+    with pytest.raises(ConfigError, match="nowhere' is not there"):
         add("nowhere")
     assert not (tmp_path / "corpus").exists()
     film(tmp_path / "films/a.mp4", 0)

@@ -12,7 +12,7 @@ from tests.ingest.conftest import Colours, film
 from vsr1 import ingest
 from vsr1.corpus import Corpus
 
-FILES = 24
+FILES = 40
 KILLS = 8
 
 
@@ -24,14 +24,20 @@ class Slow(Colours):
         return super().embed_videos(features)
 
 
-def killed_run(folder: Path, films: Path, after: float) -> bool:
-    """Run `add` in a process that SIGKILL ends `after` seconds from its start; whether it came before the end."""
+def killed_run(folder: Path, films: Path, reports: int, after: float) -> bool:
+    """Run `add` in a process that SIGKILL ends `after` seconds from its so-manieth report of progress, or from its start;
+    whether that came before the end."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        ingest.add(folder, [films], Slow(), workers=1, batch=2)
+        ingest.add(folder, [films], Slow(), workers=1, batch=2, progress=lambda *_: os.write(writing, b"."))
         os._exit(0)
+    os.close(writing)
+    while reports > 0 and (heard := os.read(reading, 1)):
+        reports -= len(heard)
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
+    os.close(reading)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
@@ -40,8 +46,8 @@ def test_killed_runs_lose_nothing_and_the_next_goes_on(tmp_path: Path) -> None:
     for number in range(FILES):
         film(films / f"{number}.mp4", number % 12)
     killed, before, stages = 0, 0, set()
-    for _ in range(KILLS):
-        killed += killed_run(folder, films, chance.uniform(0.01, 0.15))
+    for number in range(KILLS):
+        killed += killed_run(folder, films, number % 4, chance.uniform(0, 0.03))  # the first report is of no batch yet
         if not (folder / "catalogue.sqlite").exists():
             continue  # killed before it had made the corpus
         corpus = Corpus.open(folder)
