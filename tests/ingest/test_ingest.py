@@ -161,6 +161,21 @@ def test_a_moved_folder_keeps_ids_and_learns_its_place(add: Add, seen, tmp_path:
     assert Corpus.open(tmp_path / "corpus").places() == {"a.mp4": str(tmp_path / "elsewhere/a.mp4")}
 
 
+def test_copies_in_a_moved_folder_all_stay(add: Add, seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    film(tmp_path / "films/b.mp4", 3)
+    film(tmp_path / "films/c.mp4", 3)
+    add()
+    (tmp_path / "films").rename(tmp_path / "elsewhere")
+    for name in "ad":  # before and after the one whose vector they take
+        film(tmp_path / f"elsewhere/{name}.mp4", 3)
+    monkeypatch.setattr(work, "TWINS_AT_ONCE", 1)
+    assert counts(add("elsewhere")) == (2, 0, 2, 0)
+    assert seen() == dict.fromkeys(("a.mp4", "b.mp4", "c.mp4", "d.mp4"), 3)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")  # the same files by another way
+    assert counts(add("link")) == (0, 0, 4, 0)
+    assert len(seen()) == 4
+
+
 def test_a_path_keeps_its_id_whatever_folder_is_given_later(add: Add, seen, tmp_path: Path) -> None:
     film(tmp_path / "films/deep/a.mp4", 0)
     assert counts(add("films/deep")) == (1, 0, 0, 0)
@@ -375,8 +390,9 @@ def test_errors_of_the_run(add: Add, tmp_path: Path, colours: Colours, monkeypat
         add()
     monkeypatch.undo()
     colours.identity = "other"  # type: ignore[misc]
-    with pytest.raises(CorpusError, match="'colours', the one asked for is 'other'"):
-        add()
+    for corpus in (tmp_path / "corpus", Corpus.open(tmp_path / "corpus")):
+        with pytest.raises(CorpusError, match="'colours', the one asked for is 'other'"):
+            ingest.add(corpus, [tmp_path / "films"], colours)
     (tmp_path / "corpus2").mkdir()
     (tmp_path / "corpus2/photo").touch()
     with pytest.raises(CorpusError, match="not empty"):

@@ -101,13 +101,11 @@ def _looked_at(path: str, name: str) -> Found | Failure:
 
 
 def look(path: str) -> tuple[int, int] | Failure:
-    """Size and time of change of a file that holds something and can be read from its beginning to its end."""
+    """Size and time of change of a file that can be read from its beginning to its end."""
     try:
         status = os.stat(path)
     except OSError as error:
         return Failure(path, error.strerror or str(error))
     if not stat.S_ISREG(status.st_mode):
         return Failure(path, "is no regular file")  # to open a pipe is to wait for ever
-    if status.st_size == 0:
-        return Failure(path, "the file is empty")
     return status.st_size, status.st_mtime_ns

@@ -73,7 +73,7 @@ def make(
             doubtful.append(video)
         else:
             plan.embed.append(video)
-    content = _Content(marks, places)
+    content = _Content(marks, places, set(ids.values()))
     pool = ThreadPoolExecutor(workers, thread_name_prefix="vsr1-hash")
     try:
         for count, (video, now) in enumerate(zip(doubtful, pool.map(mark_of, doubtful), strict=True), 1):
@@ -96,9 +96,9 @@ def make(
 class _Content:
     """The videos of the corpus by what their files held."""
 
-    def __init__(self, marks: Mapping[str, FileMark], places: Mapping[str, str]) -> None:
+    def __init__(self, marks: Mapping[str, FileMark], places: Mapping[str, str], staying: set[str]) -> None:
         self.places = places
-        self.left: set[str] = set()
+        self.left = set(staying)  # ids that nobody else's file makes leave, or makes leave once more
         self.ids: dict[str, list[str]] = {}
         for video_id, mark in marks.items():
             self.ids.setdefault(mark.sha256, []).append(video_id)
