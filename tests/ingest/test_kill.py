@@ -8,6 +8,8 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
 from tests.ingest.conftest import Colours, film
 from vsr1 import ingest
 from vsr1.corpus import Corpus
@@ -30,15 +32,21 @@ def killed_run(folder: Path, films: Path, reports: int, after: float) -> bool:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        ingest.add(folder, [films], Slow(), workers=1, batch=2, progress=lambda *_: os.write(writing, b"."))
-        os._exit(0)
+        try:
+            torch.set_num_threads(1)  # threads do not survive a fork
+            ingest.add(folder, [films], Slow(), workers=1, batch=2, progress=lambda *_: os.write(writing, b"."))
+            os._exit(0)
+        finally:
+            os._exit(1)
     os.close(writing)
     while reports > 0 and (heard := os.read(reading, 1)):
         reports -= len(heard)
     time.sleep(after)
     os.kill(child, signal.SIGKILL)
     os.close(reading)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert ended in (0, -signal.SIGKILL)
+    return ended != 0
 
 
 def test_killed_runs_lose_nothing_and_the_next_goes_on(tmp_path: Path) -> None:
