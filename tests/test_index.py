@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +58,9 @@ def test_add_says_what_it_did_and_does_it_once(index) -> None:
     assert code == 0
     assert re.match(r"corpus 'corpus', \d+:\d\d: 6 added, 0 replaced, 0 renamed, 0 unchanged, 0 failed; ", out)
     assert re.search(r"; [\d.]+ videos/s \(decode [\d.]+/s, embed [\d.]+/s\)\n$", out)
-    assert re.search(r"^index +6/6 +\d:\d\d +ETA 0:00 +[\d.]+ videos/s \(decode ", err, re.MULTILINE)
+    assert re.search(
+        r"^index +6/6 +\d:\d\d +ETA 0:00 +[\d.]+ videos/s \(decode [\d.]+/s, embed [\d.]+/s\)$", err, re.MULTILINE
+    )
     code, out, err = index(*ADD)
     assert code == 0 and "0 added, 0 replaced, 0 renamed, 6 unchanged, 0 failed\n" in out and err == ""
 
@@ -101,6 +105,16 @@ def test_list_info_remove(index) -> None:
     assert index("remove", "corpus", "0.mp4", "--missing")[:2] == (0, "2 videos removed, 4 left\n")
     assert Corpus.open("corpus").video_ids == [f"{n}.mp4" for n in range(1, 5)]
     assert "1 added" in index(*ADD)[1]  # what was removed and still lies there comes back
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(index, monkeypatch) -> None:
+    index(*ADD)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert cli.main(["index", "list", "corpus"]) == 0
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(

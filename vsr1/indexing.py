@@ -6,6 +6,7 @@ the run itself could not go on.
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -73,6 +74,9 @@ def _add(arguments: Namespace) -> int:
         def __init__(self) -> None:
             self.console = Console(stderr=True)
 
+        def say(self, text: str) -> None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)  # one line in a log, however long
+
     settings = config.preset("tiny")
     settings.device = arguments.device
     device = job.device_of(settings)
@@ -106,10 +110,12 @@ def _list(arguments: Namespace) -> None:
 
     corpus = Corpus.open(arguments.corpus)
     places = corpus.places()
+    lines = []
     for video_id in corpus.video_ids:
         duration = corpus.duration(video_id)
         seconds = "-" if duration is None else f"{duration:.2f}"
-        sys.stdout.write(f"{shown(video_id)}\t{seconds}\t{shown(places.get(video_id, '-'))}\n")
+        lines.append(f"{shown(video_id)}\t{seconds}\t{shown(places.get(video_id, '-'))}")
+    _say(lines)
 
 
 def _info(arguments: Namespace) -> None:
@@ -119,12 +125,18 @@ def _info(arguments: Namespace) -> None:
     corpus = Corpus.open(arguments.corpus)
     failures = corpus.folder / FAILURES
     known = [one for video_id in corpus.video_ids if (one := corpus.duration(video_id)) is not None]
-    print(f"corpus '{corpus.folder}'")
-    print(f"videos    {len(corpus)}, {sum(known) / 3600:.2f} hours")
-    print(f"vectors   {corpus.dimension}-d {str(corpus.dtype).removeprefix('torch.')}, embedder {corpus.embedder_id}")
-    print(f"on disk   {sum(path.stat().st_size for path in corpus.folder.rglob('*') if path.is_file()) / 1e6:.1f} MB")
-    print(f"no file   {len(_missing(corpus.places()))}")
-    print(f"failed    {len(failures.read_text().splitlines()) if failures.is_file() else 0} at the last add")
+    size = sum(path.stat().st_size for path in corpus.folder.rglob("*") if path.is_file())
+    failed = len(failures.read_text().splitlines()) if failures.is_file() else 0
+    _say(
+        [
+            f"corpus '{corpus.folder}'",
+            f"videos    {len(corpus)}, {sum(known) / 3600:.2f} hours",
+            f"vectors   {corpus.dimension}-d {str(corpus.dtype).removeprefix('torch.')}, embedder {corpus.embedder_id}",
+            f"on disk   {size / 1e6:.1f} MB",
+            f"no file   {len(_missing(corpus.places()))}",
+            f"failed    {failed} at the last add",
+        ]
+    )
 
 
 def _remove(arguments: Namespace) -> None:
@@ -140,3 +152,11 @@ def _remove(arguments: Namespace) -> None:
 
 def _missing(places: dict[str, str]) -> list[str]:
     return [video_id for video_id, path in places.items() if not Path(path).exists()]
+
+
+def _say(lines: Sequence[str]) -> None:
+    try:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; nor is there anybody to tell at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
