@@ -50,8 +50,8 @@ class SftTraining:
     confusions: int = 10
     answer_weight: float = 4.0
     mark_weight: float = 4.0
-    refine_from: float = 0.5
-    contrast_from: float = 0.65
+    refine_from: float = 0.7
+    contrast_from: float = 1.0
     refine_rows: int = 12
     distillation_weight: float = 1.0
     contrast_weight: float = 0.3
