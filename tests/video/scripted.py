@@ -69,5 +69,5 @@ def interrupted(folder: str, signal_number: int) -> None:
         os.kill(os.getpid(), signal_number)
 
     threading.Thread(target=send, daemon=True).start()
-    with Loader(Sampling(count=4), workers=2, seconds=2.0, decode=scripted) as loader:
+    with Loader(Sampling(count=4), workers=2, seconds=1.0, decode=scripted) as loader:
         list(loader.load([f"{folder}/hang-1", f"{folder}/hang-2"]))

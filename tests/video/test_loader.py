@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import signal
 import subprocess
@@ -113,14 +112,19 @@ def test_rows_are_taken_only_so_far_ahead(tmp_path: Path, load: Open) -> None:
     samples.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux where memory comes from")
 def test_pixels_stay_where_the_process_put_them(tmp_path: Path, load: Open) -> None:
     (sample,) = load().load([tmp_path / "7"])
-    holder = sample.frames.pixels.numpy()
-    while not isinstance(holder, mmap.mmap):
-        holder = holder.obj if isinstance(holder, memoryview) else holder.base
-    assert len(holder) == BYTES
+    address = sample.frames.pixels.data_ptr()
+    (owner,) = [line for line in Path("/proc/self/maps").read_text().splitlines() if within(address, line.split()[0])]
+    assert "memfd:vsr1-frames" in owner
     sample.frames.pixels.add_(1)  # and they are the caller's
     assert value(sample.frames) == 8
+
+
+def within(address: int, span: str) -> bool:
+    begin, end = (int(edge, 16) for edge in span.split("-"))
+    return begin <= address < end
 
 
 FATES = {
@@ -201,9 +205,6 @@ def test_an_early_end_ends_what_runs(tmp_path: Path, load: Open) -> None:
     with pytest.raises(RuntimeError, match="loading already"):
         next(loader.load([tmp_path / "1"]))
     samples.close()
-    with pytest.raises(ZeroDivisionError):
-        for sample in loader.load(tmp_path / name for name in ("1", "hang-2", "hang-3")):
-            sample.row / 0
     samples = loader.load(tmp_path / name for name in ("1", "hang-2"))
     next(samples)
     loader.close()

@@ -33,6 +33,7 @@ MICROSECOND = 1e-6  # the unit of a container's duration
 MP4, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # FFmpeg's names of formats
 NO_CLOCK = "its frames carry no presentation times; put the stream into an mp4 or mkv file"
 SMALL_AREA = 256 * 256  # pixels; below it starting decoder threads costs more than the decoding
+LISTS = {"concat", "dash", "ffmetadata", "hls", "imf", "lavfi", "rtsp", "sdp", "tedcaptions", "webm_dash_manifest"}
 WORTH_A_JUMP = 2.0  # seconds; over a shorter gap reading on beats emptying the decoder and starting at a key frame
 # Seconds by which a whole file may end before its header says: frames without a duration (Matroska) count as nothing.
 SHORTFALL = 0.25
@@ -84,10 +85,9 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
             raise VideoError(path, "is not a regular file")
         if status.st_size == 0:
             raise VideoError(path, "the file is empty")
-        # An absolute path is never read as a protocol ("a:b.mp4"); the white list keeps playlists off the network.
-        with av.open(
-            os.path.abspath(file), options={"protocol_whitelist": "file"}, metadata_errors="replace"
-        ) as container:
+        # An absolute path is never read as a protocol ("a:b.mp4").
+        options = {"protocol_whitelist": "file", "format_whitelist": _formats()}
+        with av.open(os.path.abspath(file), options=options, metadata_errors="replace") as container:
             # The cover picture of a music file is a video stream to FFmpeg, not to anybody else.
             moving = [item for item in container.streams.video if not item.disposition & Disposition.attached_pic]
             if not moving:
@@ -101,6 +101,12 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise VideoError(path, error.strerror or str(error)) from error
+
+
+@functools.cache
+def _formats() -> str:
+    """The formats that hold frames themselves. A list of other files may be named mp4, too, and name itself, or any file."""
+    return ",".join(sorted(av.formats_available - LISTS))
 
 
 def stamp(path: str | os.PathLike[str], frame: VideoFrame) -> int:
