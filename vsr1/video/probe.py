@@ -124,9 +124,10 @@ def tick_of(stream: VideoStream) -> float:
 def display_allowance(stream: VideoStream) -> float:
     """Seconds by which a frame may come after a wanted time and still be the one on display then.
 
-    Half a tick: containers round 2/3 s to their clock (0.667 s in Matroska), and that frame is on display at 2/3 s.
+    Half a tick: containers round 2/3 s to their clock (0.667 s in Matroska), and that frame is on display at 2/3 s. But no
+    more than half a millisecond, as clocks slower than that (AVI's) count frames and round nothing.
     """
-    return tick_of(stream) / 2 + 1e-9
+    return min(tick_of(stream), 1e-3) / 2 + 1e-9
 
 
 def check_whole(
