@@ -6,6 +6,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,16 @@ def test_a_kill_leaves_a_cache_that_serves(tmp_path: Path) -> None:
         assert found is None or same(found, noise(index, 2, 16, 16))
     assert cache.put("a", noise(0, 2, 16, 16))
     assert size_of(tmp_path) <= budget
+
+
+def test_a_reader_finds_what_is_being_written_anew(tmp_path: Path) -> None:
+    cache, pictures = FrameCache(tmp_path, 1 << 24), noise(0, 8, 128, 128)
+    cache.put("a", pictures)
+    thread = threading.Thread(target=lambda: [cache.put("a", pictures) for _ in range(50)])
+    thread.start()
+    while thread.is_alive():
+        assert same(cache.get("a", plain), pictures)
+    thread.join()
 
 
 def test_the_loader_decodes_what_is_not_kept(tmp_path: Path) -> None:

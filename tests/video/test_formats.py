@@ -75,6 +75,11 @@ def test_times_are_those_of_the_file(write_numbered: Write, read_numbers: Read, 
     assert info.variable == (timeline is UNEVEN)
 
 
+def test_a_rounded_clock_is_no_variable_rate(write_numbered: Write) -> None:
+    for name in ("a.mkv", "a.mp4", "a.ts"):
+        assert not probe(write_numbered(name, [round(1000 * index / 3) for index in range(30)])).variable, name
+
+
 def test_times_go_on_after_a_minute(write_numbered: Write, read_numbers: Read) -> None:
     path = write_numbered("a.mp4", list(range(0, 300_000, 2000)), g="10")
     frames = decode(path, fps=1, max_frames=64)

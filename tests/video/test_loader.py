@@ -103,6 +103,16 @@ def test_what_waits_is_bounded_in_bytes(tmp_path: Path, load: Open, isolation: s
     assert budget.used == 0
 
 
+@pytest.mark.parametrize("room", [1, 2 * BYTES])
+def test_what_is_kept_for_later_rows_is_bounded_too(tmp_path: Path, load: Open, isolation: str, room: int) -> None:
+    loader = load(queue_bytes=room, isolation=isolation)
+    samples = loader.load(tmp_path / str(n % 10) for n in range(20))
+    first = next(samples)
+    budget = loader._current.room
+    assert [value(sample.frames) for sample in [first, *samples]] == [*range(10), *range(10)]
+    assert budget.most <= room + BYTES and budget.used == 0
+
+
 def test_rows_are_taken_only_so_far_ahead(tmp_path: Path, load: Open) -> None:
     taken = []
     samples = load(ahead=5).load(taken.append(n) or tmp_path / str(n) for n in range(100))
@@ -158,7 +168,7 @@ def test_a_file_costs_its_row_and_no_other(tmp_path: Path, load: Open) -> None:
 def test_raise_comes_at_the_row_that_is_due(tmp_path: Path, load: Open, isolation: str) -> None:
     samples = load(isolation=isolation).load(tmp_path / name for name in ("1", "slow-2", "broken-3", "4"))
     assert [value(next(samples).frames) for _ in range(2)] == [1, 2]
-    with pytest.raises(VideoError, match=r"broken-3.*is broken") as caught:
+    with pytest.raises(VideoError, match=r"broken-3': is broken$") as caught:
         next(samples)
     assert caught.value.path == str(tmp_path / "broken-3")
     assert list(samples) == []
@@ -180,6 +190,13 @@ def test_replacements_are_asked_for_in_the_order_of_rows(tmp_path: Path, load: O
     ]
     replaced = [(item.row, item.path.name, item.replacement.name) for item in loader.report.failures]
     assert replaced == [(1, "broken-1", "broken-2"), (1, "broken-2", "101"), (3, "broken-3", "103")]
+
+
+def test_a_replacement_waits_for_no_room(tmp_path: Path, load: Open) -> None:
+    """The one process has a file that there is no room for yet; the replacement is a later row's file, which is behind it."""
+    loader = load(workers=1, queue_bytes=1, failures="replace", replacement=lambda error, row: tmp_path / "2")
+    samples = list(loader.load(tmp_path / name for name in ("broken-0", "1", "2")))
+    assert [value(sample.frames) for sample in samples] == [2, 1, 2]
 
 
 def test_replacements_end(tmp_path: Path, load: Open) -> None:

@@ -66,7 +66,9 @@ def limit_memory(bytes: int) -> None:
 
         with open("/proc/self/statm") as statm:
             data = int(statm.read().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (data + bytes, resource.RLIM_INFINITY))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        wanted = data + bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
 def _serve(
