@@ -155,6 +155,9 @@ def duration_of(path: str | os.PathLike[str], container: InputContainer, stream:
 
     Taken from the header of formats that have one; in the others FFmpeg only guesses, so their packets are read.
     """
+    if container.format.name == AVI and stream.frames:
+        # By the number of frames, one a tick: FFmpeg shortens the duration of a file that ends early as if it were whole.
+        return max(stream.frames, stream.duration or 0) * tick_of(stream)
     if container.format.name in (MP4, MATROSKA, AVI):
         if stream.duration:
             return stream.duration * tick_of(stream)
