@@ -59,6 +59,22 @@ def test_auto_takes_the_gpu_where_it_is_asked_for_and_pays(
     assert decode(short, count=2, device="cuda").duration > 0
 
 
+def test_what_fails_on_the_gpu_may_be_read_by_pyav(
+    write_numbered: Write, served: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(cut: object, *_: object) -> Frames:
+        raise VideoError(cut.source, "DALI cannot decode it")
+
+    path = write_numbered("a.mp4", [0, 40], side=192)
+    monkeypatch.setattr(dali, "decode_one", fails)
+    monkeypatch.setattr(module, "WORTH_A_GPU", 0)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    assert len(decode(path, count=2, device="cuda")) == 2
+    assert "DALI cannot decode it; PyAV" in caplog.text
+    with pytest.raises(VideoError, match="DALI cannot"):
+        decode(path, count=2, backend="dali")
+
+
 def test_dali_by_name_never_falls_back(
     write_numbered: Write, served: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ the same frames at the same times, with pixels that may differ by a few levels. 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,8 @@ from vsr1.video.sampling import Sampling
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "pyav", "dali")
 WORTH_A_GPU = 300_000_000
@@ -128,6 +131,11 @@ def _on_gpu(
         if optional and (cut.pictures * cut.first.width * cut.first.height < WORTH_A_GPU or dali.refuses(cut)):
             return None
         return dali.decode_one(cut, target.index, size)
+    except VideoError as error:
+        if not optional:
+            raise
+        log.warning("%s; PyAV has the last word", error)
+        return None
     except BackendUnavailable as error:
         if optional:
             return None
