@@ -215,6 +215,18 @@ def test_processes_import_no_torch_and_are_kept_for_the_next_load(tmp_path: Path
     assert sum(worker.started for worker in loader.workers) <= 2
 
 
+def test_relative_paths_are_the_callers(tmp_path: Path, load: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = load(workers=1)
+    monkeypatch.chdir(tmp_path)
+    assert [value(sample.frames) for sample in loader.load(["1"])] == [1]
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    (sample,) = loader.load(["2"])
+    assert (sample.frames.source, log(tmp_path / "folder")[0][1]) == (Path("2"), "2")
+    (tmp_path / "folder" / "log").unlink()
+    assert sum(worker.started for worker in loader.workers) == 1
+
+
 def test_an_early_end_ends_what_runs(tmp_path: Path, load: Open) -> None:
     loader = load(seconds=600.0)
     began = time.monotonic()

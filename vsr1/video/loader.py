@@ -97,8 +97,9 @@ class Loader:
         size: (height, width) that frames are resized to; None keeps each video's own.
         workers: processes or threads that decode; 0: one per core.
         isolation: "process": a file that crashes, hangs, or takes too much memory costs its row and nothing else; each
-            process takes about a quarter of a second of computing to start, and 60 MB. "thread": no start, and tiny
-            clips come faster, but a crash of the decoder ends the run, and `seconds` and `memory` are not kept.
+            process takes about a quarter of a second of computing to start, and 60 MB. "thread": nothing to start, and
+            half a millisecond less for each file, which tiny clips may notice; but a crash of the decoder ends the
+            run, and `seconds` and `memory` are not kept.
         failures: "raise": a file that fails raises its VideoError when its row is due. "skip": its row is left out.
             "replace": `replacement` names another file.
         replacement: is told the VideoError and the row, and gives a path (or path and Sampling) to take instead; it is
@@ -155,8 +156,9 @@ class Loader:
     def load(self, rows: Iterable[Row]) -> Iterator[Sample]:
         """Frames for each row, a path or (path, Sampling), in the order of rows; rows are taken at most `ahead` ahead.
 
-        Rows of the same video may be given the same tensors: do not write into them. Ending the iterator early (closing
-        it, an exception, Ctrl-C) ends what is being decoded; one load runs at a time.
+        Decoding begins when the first row is asked for. Rows of the same video may be given the same tensors: do not write
+        into them. Ending the iterator early (closing it, an exception, Ctrl-C) ends what is being decoded; one load runs
+        at a time.
 
         Raises:
             VideoError: a file cannot be decoded, and `failures` is "raise"; or replacements fail as well.

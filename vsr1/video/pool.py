@@ -107,7 +107,7 @@ class Worker:
         self.busy = True
         try:
             process, connection = self._ready()
-            connection.send((path, sampling, size))
+            connection.send((os.path.abspath(path), sampling, size))  # the process stays where it was started
             return self._outcome(process, connection, path, admit)
         except (EOFError, ConnectionError) as error:
             raise VideoError(path, self._cause_of_death()) from error
