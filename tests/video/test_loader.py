@@ -147,14 +147,14 @@ FATES = {
     "bug-1": "ended with code 1",
     "hungry-1": "more than 512 MiB of memory",
     "huge-1": "take more than 512 MiB",
-    "hang-1": "not decoded within 4 s",
-    "spin-1": "not decoded within 4 s",
+    "hang-1": "not decoded within 6 s",
+    "spin-1": "not decoded within 6 s",
 }
 
 
 def test_a_file_costs_its_row_and_no_other(tmp_path: Path, load: Open) -> None:
     names = [name for n, bad in enumerate(FATES) for name in (f"{n}", bad)] + ["10"]
-    loader = load(failures="skip", seconds=4.0, memory=512 << 20)
+    loader = load(failures="skip", seconds=6.0, memory=512 << 20)
     samples = list(loader.load(tmp_path / name for name in names))
     assert [(sample.row, value(sample.frames)) for sample in samples] == [(2 * n, n) for n in range(11)]
     failures = {failure.path.name: failure for failure in loader.report.failures}
