@@ -280,7 +280,7 @@ def test_no_process_can_be_started(tmp_path: Path, load: Open, monkeypatch: pyte
         {"ahead": 0},
         {"size": (0, 4)},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_bad_arguments(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must be|go together"):
