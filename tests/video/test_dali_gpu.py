@@ -41,7 +41,6 @@ CASES = {
     "hevc open groups": ("a.mp4", "libx265", {"g": "12", "x265-params": "log-level=0:open-gop=1"}),
     "vp9": ("a.webm", "libvpx-vp9", {"g": "12", "b": "2M"}),
     "vp9 hidden frames": ("a.webm", "libvpx-vp9", {"g": "40", "b": "2M", "auto-alt-ref": "1", "lag-in-frames": "16"}),
-    "av1": ("a.mkv", "libsvtav1", {"g": "40"}),
 }
 SAMPLINGS = {
     "every frame": {"fps": 25},

@@ -28,8 +28,8 @@ from vsr1.video.sampling import Sampling
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST = {"h264": (48, 16), "hevc": (144, 144), "vp9": (128, 128), "av1": (128, 128)}
-"""NVDEC's least width and height of each codec it is used for here."""
+SMALLEST = {"h264": (48, 16), "hevc": (144, 144), "vp9": (128, 128)}
+"""NVDEC's least width and height of each codec it is used for here. Not AV1: DALI finds it on few GPUs, not on an H100."""
 FORMATS = ("yuv420p", "yuvj420p")
 BT601 = (0.299, 0.114)
 LUMA = {1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
@@ -48,6 +48,8 @@ def missing() -> str | None:
 
 def refuses(cut: Excerpt) -> str | None:
     """Why NVDEC cannot decode this excerpt into the frames that PyAV gives, or None."""
+    if cut.codec not in SMALLEST:
+        return f"takes {', '.join(SMALLEST)}; this is {cut.codec}"
     frame, least = cut.first, SMALLEST[cut.codec]
     if frame.format.name not in FORMATS:
         return f"takes 8-bit 4:2:0 pictures; these are {frame.format.name}"
