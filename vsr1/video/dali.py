@@ -126,7 +126,7 @@ class DaliDecoder:
             inputs["size"] = [np.array(_stored(self.size, cut), np.float32) for cut in cuts]
         (videos,) = self._pipeline.run(**inputs)
         for cut, video in zip(cuts, videos, strict=True):
-            pixels = torch.from_dlpack(video)
+            pixels = torch.utils.dlpack.from_dlpack(video)
             if pixels.shape[0] != len(cut.frames):
                 raise RuntimeError(f"{pixels.shape[0]} frames came for {len(cut.frames)}")
             pixels = _coloured(pixels, cut)
