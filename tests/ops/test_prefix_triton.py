@@ -263,6 +263,7 @@ COMPILED = [
     ("forward", "bf16", 128, 80), ("query_gradient", "fp16", 128, 80), ("key_gradient", "bf16", 128, 80),
     ("forward", "bf16", 256, 80), ("query_gradient", "bf16", 256, 80), ("key_gradient", "bf16", 256, 90),
 ]  # fmt: skip
+SPILLED = {("key_gradient", 128, 90): 128}  # bytes; faster with them than without: training.blocks
 
 
 @compiles
@@ -291,5 +292,5 @@ def test_compiles_for_gpus_without_spills(
     used = compile_ahead(function, constants, types, aligned, cap)
     for what, count in used.items():
         record_property(what, count)
-    assert used["spills"] == 0
+    assert used["spills"] <= SPILLED.get((kernel, width, cap), 0)
     assert used["shared"] <= SHARED_MEMORY[cap]
