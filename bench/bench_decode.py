@@ -1,8 +1,8 @@
 """Decoding chosen frames of films of all sizes and codecs on the CPU, beside what others use, and what it costs training.
 
-All contenders are asked for the same frames, uniform from the first to the last, and all use two threads. The films' frames
-say their numbers: a peer that gives others, or does not turn what a phone filmed upright, is not timed but named below the
-table with what it got wrong.
+All contenders are asked for the same frames, uniform from the first to the last, with as many threads as FFmpeg takes by
+itself. The films' frames say their numbers: a peer that gives others, or does not turn what was filmed upright, is not timed
+but named below the table with what it got wrong.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.decode_peers import PUBLIC, THREADS, Read, peers, uniform_indices
+from bench.decode_peers import PUBLIC, Read, peers, uniform_indices
 from bench.films import RATE, Film, make, read_numbers
 from bench.harness import Bound, faster_than, within
 from vsr1.data import world as worlds
@@ -47,7 +47,7 @@ CACHED = "cached frames"
 
 
 def ours(path: Path, indices: Sequence[int]) -> np.ndarray:
-    return decode(path, times=[index / RATE for index in indices], threads=THREADS).pixels.numpy()
+    return decode(path, times=[index / RATE for index in indices]).pixels.numpy()
 
 
 def wrong(pixels: np.ndarray, truth: np.ndarray, indices: Sequence[int], turns: int = 0) -> str | None:
@@ -151,7 +151,7 @@ class Lesson:
 
     def decoded(self, paths: Sequence[Path]) -> list[Frames]:
         sampling = self.policy.videos.settings
-        found = decode_many(paths, workers=THREADS, fps=sampling.fps, max_frames=sampling.max_frames)
+        found = decode_many(paths, fps=sampling.fps, max_frames=sampling.max_frames)
         return [frames for _, frames in found if isinstance(frames, Frames)]
 
     def cached(self, paths: Sequence[Path]) -> list[Frames]:

@@ -261,6 +261,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": ".".join(map(str, sys.version_info[:3])),
         **versions("torch", "numpy", "faiss-cpu", "usearch", "trl", "liger-kernel"),
+        **versions("av", "opencv-python-headless", "decord", "torchcodec"),
     }
 
 
