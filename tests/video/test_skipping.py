@@ -20,7 +20,7 @@ B_FRAMES = {"g": "30", "bf": "4", "b_strategy": "0", "refs": "4"}
 def test_unwanted_b_frames_are_dropped_and_the_wanted_ones_are_exact(
     write_numbered: Write, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write_numbered(name, UNEVEN, **B_FRAMES)
+    path = write_numbered(name, UNEVEN, side=288, **B_FRAMES)
     with av.open(path) as whole:
         frames = [frame.to_ndarray(format="rgb24") for frame in whole.decode(video=0)]
     module = importlib.import_module(decode.__module__)

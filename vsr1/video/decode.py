@@ -28,6 +28,7 @@ from vsr1.video.frames import Frames
 from vsr1.video.probe import (
     MATROSKA,
     MP4,
+    SMALL_AREA,
     WORTH_A_JUMP,
     check_whole,
     display_allowance,
@@ -244,15 +245,19 @@ def _frames(
 ) -> Iterator[VideoFrame]:
     """Frames in presentation order, without those that are not `shown` (None: all are) and that no other is predicted from.
 
-    Only H.264 says of each packet whether anything refers to it, and lets the decoder drop the others unread.
+    Only H.264 says of each packet whether anything refers to it, and lets the decoder drop the others unread. Small
+    frames are decoded faster than they are judged.
     """
-    skips = stream.codec_context.name == "h264" and container.format.name in (MP4, MATROSKA)
+    codec = stream.codec_context
+    skips = (
+        codec.name == "h264" and container.format.name in (MP4, MATROSKA) and codec.width * codec.height > SMALL_AREA
+    )
     for packet, end in _ahead(container.demux(stream)):
         if packet.is_corrupt:
             raise VideoError(path, "a damaged frame (truncated file?)")
         if skips:
             wanted = shown is None or packet.pts is None or end is None or shown(packet.pts, end)
-            stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
+            codec.skip_frame = "DEFAULT" if wanted else "NONREF"
         yield from stream.decode(packet)
 
 
