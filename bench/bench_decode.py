@@ -36,11 +36,11 @@ from vsr1.video import Frames, decode, decode_many
 FILMS = {
     "240p h264": Film(240, 426, 60),
     "480p h264": Film(480, 854, 60),
-    "480p h264, key frames every 2 s": Film(480, 854, 60, key=2 * RATE),
-    "480p hevc": Film(480, 854, 20, "libx265"),
-    "480p vp9": Film(480, 854, 20, "libvpx-vp9"),
-    "720p h264": Film(720, 1280, 20),
-    "1080p h264": Film(1080, 1920, 10),
+    "480p h264, key frames every 2 s": Film(480, 854, 30, key=2 * RATE),
+    "480p hevc": Film(480, 854, 10, "libx265"),
+    "480p vp9": Film(480, 854, 10, "libvpx-vp9"),
+    "720p h264": Film(720, 1280, 10),
+    "1080p h264": Film(1080, 1920, 8),
     "240p h264, filmed upright": Film(240, 426, 20, rotation=90),
 }
 CLOSE = 4.0  # of 255: by how much a peer's colours may differ from ours in the mean
