@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 
 from vsr1.errors import VideoError
 from vsr1.video.probe import (
+    MATROSKA,
+    MP4,
+    SMALL_AREA,
     WORTH_A_JUMP,
     check_whole,
     display_allowance,
@@ -33,6 +38,8 @@ from vsr1.video.probe import (
 )
 from vsr1.video.sampling import Sampling
 
+Shown = Callable[[int, int], bool]  # whether a frame displayed from one to another tick is wanted
+AHEAD = 8  # packets that are read before one is decoded, to learn when its frame leaves the display
 RESIZED = int(Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT)
 """Cubic, of a kernel as wide as what becomes one pixel; without the other two all pixels come out up to two levels darker."""
 Allocate = Callable[[tuple[int, int, int, int]], np.ndarray]
@@ -81,7 +88,7 @@ class _Collector:
         self, path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, duration: float
     ) -> None:
         previous: tuple[float, VideoFrame] | None = None
-        for time, frame in _walk(path, container, stream, lambda: self.wanted[len(self.seconds)]):
+        for time, frame in _walk(path, container, stream, self.wanted, lambda: self.wanted[len(self.seconds)]):
             begun = len(self.seconds)
             due = bisect.bisect_left(self.wanted, time - self.allowance, lo=begun) - begun
             if previous is not None and due:
@@ -138,14 +145,25 @@ def _walk(
     path: str | os.PathLike[str],
     container: InputContainer,
     stream: VideoStream,
+    wanted_times: Sequence[float],
     next_wanted: Callable[[], float],
 ) -> Iterator[tuple[float, VideoFrame]]:
-    """Frames in presentation order with their seconds; what lies before the next wanted time may be skipped.
+    """Frames in presentation order with their seconds; those that are on display at no wanted time may be skipped.
 
     Only mp4 and Matroska can be trusted to give frames the same times after a jump; the others are read through.
     """
     tick = tick_of(stream)
-    frames = _frames(path, container, stream)
+    start: int | None = None
+    slack = 2 * display_allowance(stream)
+
+    def shown(begin: int, end: int) -> bool:
+        """Whether a frame displayed from `begin` to `end` (ticks) is wanted, as far as is known."""
+        if start is None:
+            return True
+        after = bisect.bisect_left(wanted_times, (begin - start) * tick - slack)
+        return after < len(wanted_times) and wanted_times[after] <= (end - start) * tick + slack
+
+    frames = _frames(path, container, stream, shown)
     first = next(frames, None)
     if first is None:
         return
@@ -158,7 +176,7 @@ def _walk(
             considered = wanted  # once per wanted time, whatever key frame the jump lands on
             target = start + int(wanted / tick)
             if any(start + time / tick < key <= target for key in keyframes(path, container, stream)):
-                frames = _jump(path, container, stream, start, target)
+                frames = _jump(path, container, stream, start, target, shown)
         frame = next(frames, None)
         if frame is None:
             return
@@ -167,7 +185,12 @@ def _walk(
 
 
 def _jump(
-    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, start: int, target: int
+    path: str | os.PathLike[str],
+    container: InputContainer,
+    stream: VideoStream,
+    start: int,
+    target: int,
+    shown: Shown | None = None,
 ) -> Iterator[VideoFrame]:
     """Frames from a key frame that is displayed no later than `target` (ticks), or else from the `start`.
 
@@ -175,15 +198,50 @@ def _jump(
     """
     for ticks in (target, start):
         container.seek(ticks, stream=stream)
-        frames = _frames(path, container, stream)
+        frames = _frames(path, container, stream, shown)
         frame = next(frames, None)
         if frame is not None and stamp(path, frame) <= target:
             return chain([frame], frames)
     raise VideoError(path, f"its index leads to no frame at or before {(target - start) * tick_of(stream):.2f} s")
 
 
-def _frames(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for packet in container.demux(stream):
+def _frames(
+    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, shown: Shown | None
+) -> Iterator[VideoFrame]:
+    """Frames in presentation order, without those that are not `shown` (None: all are) and that no other is predicted from.
+
+    Only H.264 says of each packet whether anything refers to it, and lets the decoder drop the others unread. Small
+    frames are decoded faster than they are judged.
+    """
+    codec = stream.codec_context
+    skips = (
+        codec.name == "h264" and container.format.name in (MP4, MATROSKA) and codec.width * codec.height > SMALL_AREA
+    )
+    for packet, end in _ahead(container.demux(stream)):
         if packet.is_corrupt:
             raise VideoError(path, "a damaged frame (truncated file?)")
+        if skips:
+            wanted = shown is None or packet.pts is None or end is None or shown(packet.pts, end)
+            codec.skip_frame = "DEFAULT" if wanted else "NONREF"
         yield from stream.decode(packet)
+
+
+def _ahead(packets: Iterable[Packet]) -> Iterator[tuple[Packet, int | None]]:
+    """Packets, each with a time at which the next frame is on display, if one among the packets that follow says so.
+
+    The next frame in presentation order may hide behind them, but then it is displayed even earlier.
+    """
+    waiting: deque[Packet] = deque()
+
+    def end(packet: Packet) -> int | None:
+        later = (other.pts for other in waiting if other.pts is not None and not other.is_discard)
+        return None if packet.pts is None else min((pts for pts in later if pts > packet.pts), default=None)
+
+    for packet in packets:
+        waiting.append(packet)
+        if len(waiting) > AHEAD:
+            first = waiting.popleft()
+            yield first, end(first)
+    while waiting:
+        first = waiting.popleft()
+        yield first, end(first)
