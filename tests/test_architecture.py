@@ -24,11 +24,12 @@ FLOORS = {
     "models": 3,
     "agent": 4,
     "data": 4,
+    "ingest": 4,
     "train": 5,
     "eval": 5,
 }
 # The top floor is one room: the modules people start, and what they share.
-TOP = {"serve", "config", "cli", "job", "engine", "doctor", "__main__", "__init__"}
+TOP = {"serve", "config", "cli", "indexing", "job", "engine", "doctor", "__main__", "__init__"}
 
 
 def floor_and_room(module: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""The command line: `vsr1 train`, `vsr1 ask`, `vsr1 doctor`.
+"""The command line: `vsr1 train`, `vsr1 ask`, `vsr1 index` (in `vsr1.indexing`), `vsr1 doctor`.
 
 Every problem a person can mend ends as one line on stderr and exit code 2; Ctrl-C ends with 130 once the work is saved.
 """
@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from vsr1.errors import ConfigError, Vsr1Error
 
-COMMANDS = "train", "ask", "doctor"
+COMMANDS = "train", "ask", "index", "doctor"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "usage: vsr1 COMMAND ...\n"
         "  train   render a world, train on it, evaluate, report (every setting is a flag: vsr1 train --help)\n"
         "  ask     ask a trained run for a moment: vsr1 ask runs/tiny 'a small red circle ...'\n"
+        "  index   make a corpus of your own videos: vsr1 index add CORPUS FOLDER --run runs/tiny\n"
         "  doctor  what this machine can run, and why not"
     )
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -36,25 +37,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"vsr1: unknown command '{command}'; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return {"train": train, "ask": ask, "doctor": doctor}[command](rest)
+    return {"train": train, "ask": ask, "index": index, "doctor": doctor}[command](rest)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as everything here does."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (how it is used: {self.prog} --help)")
 
 
-def _no_bars() -> None:
+def no_bars() -> None:
     """Loading a small model is no news; transformers would draw a bar for each."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
 
 
-def _guarded(work: Callable[[], int | None]) -> int:
-    """Run `work`; what a person can mend becomes one line and exit code 2."""
+def guarded(work: Callable[[], int | None], kept: str = "finished stages and the last checkpoint are kept") -> int:
+    """Run `work`; what a person can mend becomes one line and exit code 2. `kept` is what a Ctrl-C leaves."""
     try:
         return work() or 0
     except Vsr1Error as error:
@@ -66,9 +67,7 @@ def _guarded(work: Callable[[], int | None]) -> int:
             return 128 + signal.SIGINT
         return 2
     except KeyboardInterrupt:
-        print(
-            "vsr1: stopped; finished stages and the last checkpoint are kept, the same command goes on", file=sys.stderr
-        )
+        print(f"vsr1: stopped; {kept}, the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
@@ -79,10 +78,10 @@ def train(argv: Sequence[str]) -> int:
         config = parse_train(argv)
         from vsr1 import job
 
-        _no_bars()
+        no_bars()
         job.run(config)
 
-    return _guarded(work)
+    return guarded(work)
 
 
 def parse_train(argv: Sequence[str]):  # type: ignore[no-untyped-def]
@@ -92,7 +91,7 @@ def parse_train(argv: Sequence[str]):  # type: ignore[no-untyped-def]
 
     from vsr1 import config
 
-    first = _Parser(prog="vsr1 train", add_help=False, allow_abbrev=False)
+    first = Parser(prog="vsr1 train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=None)
     first.add_argument("--quick", action="store_true")
     first.add_argument("--reward", action="append", default=[])
@@ -134,9 +133,10 @@ def ask(argv: Sequence[str]) -> int:
     """`vsr1 ask RUN TEXT`: one question to a finished run."""
 
     def work() -> None:
-        parser = _Parser(prog="vsr1 ask", description="Find the video and the moment a sentence describes.")
+        parser = Parser(prog="vsr1 ask", description="Find the video and the moment a sentence describes.")
         parser.add_argument("run", type=Path, help="a finished run folder, as written by vsr1 train")
         parser.add_argument("text", help="what to look for")
+        parser.add_argument("--corpus", type=Path, help="where to look, as made by vsr1 index (default: the run's own)")
         parser.add_argument("--turns", type=int, default=3, help="videos to look at, at most (default 3)")
         arguments = parser.parse_args(list(argv))
         if arguments.turns < 1:
@@ -144,15 +144,17 @@ def ask(argv: Sequence[str]) -> int:
         from vsr1.agent.rollout import LoopSettings
         from vsr1.engine import Engine
 
-        _no_bars()
+        no_bars()
 
         settings = LoopSettings(turns=arguments.turns, fall_back=True)
-        found = Engine.open_run(arguments.run).ask(arguments.text, settings=settings)
+        found = Engine.open_run(arguments.run, arguments.corpus).ask(arguments.text, settings=settings)
         for number, turn in enumerate(found.turns, 1):
             sure = "" if turn.probability is None else f" ({turn.probability:.0%})"
             print(
                 f"turn {number}: {turn.video_id}  score {turn.score:.3f}  {turn.reply.answer}{sure}  {turn.reply.think}"
             )
+        if found.failure is not None:
+            raise Vsr1Error(found.failure)
         accepted = found.accepted
         if accepted is None and found.fallback is not None:
             best = found.fallback
@@ -162,14 +164,21 @@ def ask(argv: Sequence[str]) -> int:
         else:
             print(f"found: {accepted.video_id}  {accepted.reply.start} to {accepted.reply.end} s")
 
-    return _guarded(work)
+    return guarded(work)
+
+
+def index(argv: Sequence[str]) -> int:
+    """`vsr1 index`: a corpus of one's own videos."""
+    from vsr1 import indexing
+
+    return indexing.main(argv)
 
 
 def doctor(argv: Sequence[str]) -> int:
     """`vsr1 doctor`."""
     from vsr1 import doctor as checks
 
-    return _guarded(lambda: checks.main())
+    return guarded(lambda: checks.main())
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 from vsr1.agent import rollout
 from vsr1.agent.rollout import LoopSettings
 from vsr1.corpus import Corpus
-from vsr1.errors import ConfigError
+from vsr1.errors import ConfigError, CorpusError
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.records import Moment, Trajectory
@@ -25,22 +25,40 @@ class Engine:
     def open(cls, corpus: str | Path, policy: str | Path, embedder: str | Path) -> Engine:
         """Open folders; CorpusError if the corpus was built with another embedder."""
         for name, folder in (("policy", policy), ("embedder", embedder)):
-            if not (Path(folder) / "config.json").is_file():
-                raise ConfigError(f"{name} folder '{folder}' holds no model (no config.json)")
+            _check_model(name, folder)
         loaded = Embedder.from_pretrained(embedder)
         return cls(Corpus.open(corpus, loaded.identity), Policy.from_pretrained(policy), loaded)
 
     @classmethod
-    def open_run(cls, folder: str | Path) -> Engine:
-        """Open the test corpus and the final models of a finished run of `vsr1 train`."""
-        run = Path(folder)
-        if not (run / "config.yaml").is_file():
-            raise ConfigError(f"'{folder}' is no run folder (no config.yaml in it)")
-        return cls.open(run / "corpus" / "test", run / "models" / "policy-grpo", run / "models" / "embedder")
+    def open_run(cls, folder: str | Path, corpus: str | Path | None = None) -> Engine:
+        """Open the final models of a finished run of `vsr1 train`, with its test corpus or the `corpus` given."""
+        run = _checked_run(folder)
+        models = run / "models"
+        return cls.open(corpus or run / "corpus" / "test", models / "policy-grpo", models / "embedder")
 
     def ask(self, text: str, *, turns: int = 3, settings: LoopSettings | None = None) -> Trajectory:
         """Search for `text`; the trajectory's `accepted` turn, if any, holds the video and the span in seconds. `settings`
-        asks for more than the number of turns, and overrides it."""
+        asks for more than the number of turns, and overrides it. CorpusError for a corpus that holds nothing."""
+        if not len(self.corpus):
+            raise CorpusError(f"corpus '{self.corpus.folder}' is empty: add videos to it first (vsr1 index add)")
         settings = settings or LoopSettings(turns=turns)
         (found,) = rollout.run(self.policy, self.embedder, self.corpus, [Moment("asked", text)], settings=settings)
         return found
+
+
+def open_embedder(folder: str | Path, *, run: bool = False) -> Embedder:
+    """The embedder in a model folder, or that of a `run` of `vsr1 train`; ConfigError where there is none."""
+    place = _checked_run(folder) / "models" / "embedder" if run else Path(folder)
+    _check_model("embedder", place)
+    return Embedder.from_pretrained(place)
+
+
+def _checked_run(folder: str | Path) -> Path:
+    if not (Path(folder) / "config.yaml").is_file():
+        raise ConfigError(f"'{folder}' is no run folder (no config.yaml in it)")
+    return Path(folder)
+
+
+def _check_model(name: str, folder: str | Path) -> None:
+    if not (Path(folder) / "config.json").is_file():
+        raise ConfigError(f"{name} folder '{folder}' holds no model (no config.json)")

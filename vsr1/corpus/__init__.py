@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vsr1.corpus.catalogue import FileMark
 from vsr1.corpus.store import Corpus
 
-__all__ = ["Corpus"]
+__all__ = ["Corpus", "FileMark"]

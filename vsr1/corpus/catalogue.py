@@ -4,6 +4,9 @@ The file is in WAL mode and is the only truth: a segment of vectors exists once 
 for one operation, so readers on any thread and a writer never share one, and nothing stays open across a fork. SQLite's
 own header fields carry our mark (`application_id`) and the format version (`user_version`).
 
+What a video's file was when it was embedded (`FileMark`) is kept beside the videos, in the same commits, so that it can
+be told later whether the file is still that. Not every video has one; the table is made with the first.
+
 `videos.added` only ever grows, and a segment has the number its first video gets there. So no number is used twice, not
 even after a compaction has emptied the table: a segment's number and a position name one vector for good.
 """
@@ -12,7 +15,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +42,11 @@ CREATE TABLE videos (
     state TEXT NOT NULL DEFAULT 'live' CHECK (state IN ('live', 'deleted'))
 );
 CREATE UNIQUE INDEX live_videos ON videos (video_id) WHERE state = 'live';
+"""
+_FILES = """
+CREATE TABLE IF NOT EXISTS files (
+    video_id TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL, sha256 TEXT NOT NULL
+)
 """
 
 
@@ -71,6 +79,16 @@ class Video:
     duration: float | None
     segment: int
     position: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileMark:
+    """A file as it was when it was embedded: `size` in bytes, `modified` in nanoseconds since the epoch, and the SHA-256
+    of its content in hex."""
+
+    size: int
+    modified: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -240,6 +258,30 @@ def mark_deleted(connection: sqlite3.Connection, video_ids: Sequence[str]) -> No
     connection.executemany(
         "UPDATE videos SET state = 'deleted' WHERE video_id = ? AND state = 'live'", [(v,) for v in video_ids]
     )
+    if _has_marks(connection):
+        connection.executemany("DELETE FROM files WHERE video_id = ?", [(v,) for v in video_ids])
+
+
+def read_marks(connection: sqlite3.Connection) -> dict[str, FileMark]:
+    """The marks of the videos that have one."""
+    if not _has_marks(connection):
+        return {}
+    rows = connection.execute("SELECT video_id, size, modified, sha256 FROM files")
+    return {video_id: FileMark(*mark) for video_id, *mark in rows}
+
+
+def write_marks(connection: sqlite3.Connection, marks: Mapping[str, FileMark]) -> None:
+    """Notes the marks of live videos, instead of those they had."""
+    if marks:
+        connection.execute(_FILES)
+    connection.executemany(
+        "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
+        [(video_id, mark.size, mark.modified, mark.sha256) for video_id, mark in marks.items()],
+    )
+
+
+def _has_marks(connection: sqlite3.Connection) -> bool:
+    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'files'").fetchone() is not None
 
 
 def forget_all(connection: sqlite3.Connection) -> None:

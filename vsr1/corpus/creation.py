@@ -31,7 +31,7 @@ def making(folder: Path, identity: Identity) -> Iterator[sqlite3.Connection]:
         raise CorpusError(f"cannot make a corpus at '{folder}': it is a file")
     folder.mkdir(parents=True, exist_ok=True)
     vectors = folder / VECTORS
-    with _alone(folder):
+    with alone(folder, "made"):
         if (folder / FILE).exists():
             raise CorpusError(f"'{folder}' already holds a corpus: use Corpus.open, or choose another folder")
         foreign = [p.name for p in folder.iterdir() if p != vectors and not p.name.startswith(ASIDE)]
@@ -53,14 +53,16 @@ def making(folder: Path, identity: Identity) -> Iterator[sqlite3.Connection]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The folder's lock, which ends with the process that holds it."""
+def alone(folder: Path, doing: str) -> Iterator[None]:
+    """The folder's lock, which ends with the process that holds it; CorpusError if another one holds it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CorpusError(f"a corpus is being made at '{folder}' by another process: wait until it ends") from error
+            raise CorpusError(
+                f"a corpus is being {doing} at '{folder}' by another process: wait until it ends"
+            ) from error
         yield
     finally:
         os.close(descriptor)

@@ -22,7 +22,7 @@ import torch
 
 from vsr1.corpus import exchange
 from vsr1.corpus.catalogue import (
-    Contents,
+    FileMark,
     Identity,
     Video,
     connect,
@@ -33,6 +33,8 @@ from vsr1.corpus.catalogue import (
     read_contents,
     read_generation,
     read_identity,
+    read_marks,
+    write_marks,
 )
 from vsr1.corpus.compaction import is_compact, rewrite
 from vsr1.corpus.creation import VECTORS, making
@@ -149,10 +151,14 @@ class Corpus:
         *,
         paths: Sequence[str | Path | None] | None = None,
         durations: Sequence[float | None] | None = None,
+        marks: Mapping[str, FileMark] | None = None,
+        replacing: Iterable[str] = (),
     ) -> None:
         """Appends M videos with their vectors (M, D), torch or numpy, all or none; durable when this returns.
 
-        `paths` are kept absolute, `durations` in seconds. One call writes one file: add many videos at a time.
+        `paths` are kept absolute, `durations` in seconds, `marks` say what some of the files are, by video id. Videos
+        named in `replacing` leave in the same commit, as far as they are there; their ids may be among the new ones.
+        One call writes one file: add many videos at a time.
         Raises CorpusError for an id given twice or already there, vectors of another dimension, or numbers that are not
         finite in the corpus' dtype.
         """
@@ -167,9 +173,11 @@ class Corpus:
             with self._writing() as (connection, view):
                 if not ids:
                     return
-                twice = [v for v, times in Counter(ids).items() if times > 1 or v in view.row_of]
+                gone = {video_id for video_id in replacing if video_id in view.row_of}
+                there = {video_id for video_id in ids if video_id in view.row_of and video_id not in gone}
+                twice = [v for v, times in Counter(ids).items() if times > 1 or v in there]
                 if twice:
-                    where = "already in" if twice[0] in view.row_of else "given twice for"
+                    where = "already in" if twice[0] in there else "given twice for"
                     raise CorpusError(
                         f"video '{twice[0]}' is {where} corpus '{self.folder}' ({len(twice)} such of {len(ids)}): "
                         "delete it first, or leave it out"
@@ -179,8 +187,12 @@ class Corpus:
                     Video(video_id, file, duration, segment.number, position)
                     for position, (video_id, file, duration) in enumerate(zip(ids, files, seconds, strict=True))
                 ]
+                mark_deleted(connection, sorted(gone))
                 insert(connection, segment, videos)
+                write_marks(connection, marks or {})
                 count_commit(connection)
+            if gone:
+                view = view.without(gone)
             view.segments[segment.number] = segment
             view.append(videos)
             view.generation += 1
@@ -199,8 +211,8 @@ class Corpus:
                     raise CorpusError(f"corpus '{self.folder}' holds no video '{missing[0]}' ({len(missing)} such)")
                 mark_deleted(connection, sorted(gone))
                 count_commit(connection)
-            left = tuple(video for video in view.videos if video.video_id not in gone)
-            self._view = View.of(Contents(view.generation + 1, tuple(view.segments.values()), left), view)
+            self._view = view.without(gone)
+            self._view.generation += 1
 
     def compact(self, segment_bytes: int = SEGMENT_BYTES) -> None:
         """Frees what deletions left behind and gathers many small files in few of at most `segment_bytes` of vectors.
@@ -345,6 +357,28 @@ class Corpus:
     def duration(self, video_id: str) -> float | None:
         """The video's length in seconds; None if that was not said."""
         return self._video(video_id).duration
+
+    def places(self) -> dict[str, str]:
+        """Where the videos' files lie, by video id, of those of which that was said."""
+        return {video.video_id: video.path for video in self._seen.videos if video.path is not None}
+
+    def marks(self) -> dict[str, FileMark]:
+        """What the videos' files were when they were added, by video id, of those of which that was said; read from the
+        disk."""
+        with connect(self.folder) as connection:
+            return read_marks(connection)
+
+    def mark(self, marks: Mapping[str, FileMark]) -> None:
+        """Notes that these videos' files are now so. Raises CorpusError if one of the videos is not there."""
+        with self._lock, self._writing() as (connection, view):
+            for video_id in marks:
+                self._row(view, video_id)
+            write_marks(connection, marks)
+
+    @property
+    def segment_count(self) -> int:
+        """How many files hold the vectors; `compact` makes them few."""
+        return len(self._seen.segments)
 
     def __len__(self) -> int:
         return len(self._seen.ids)

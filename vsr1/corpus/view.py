@@ -33,6 +33,11 @@ class View:
             view.matrix = _still_there(before.videos, before.matrix, view.videos)
         return view
 
+    def without(self, gone: Collection[str]) -> View:
+        """A view of the same segments without some videos."""
+        left = tuple(video for video in self.videos if video.video_id not in gone)
+        return View.of(Contents(self.generation, tuple(self.segments.values()), left), self)
+
     def append(self, videos: Iterable[Video]) -> None:
         """Adds rows at the end."""
         for video in videos:
