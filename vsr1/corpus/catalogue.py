@@ -272,8 +272,9 @@ def read_marks(connection: sqlite3.Connection) -> dict[str, FileMark]:
 
 def write_marks(connection: sqlite3.Connection, marks: Mapping[str, FileMark]) -> None:
     """Notes the marks of live videos, instead of those they had."""
-    if marks:
-        connection.execute(_FILES)
+    if not marks:
+        return
+    connection.execute(_FILES)
     connection.executemany(
         "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
         [(video_id, mark.size, mark.modified, mark.sha256) for video_id, mark in marks.items()],
