@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +66,7 @@ def test_vectors_are_those_of_the_embedder(index, embedder) -> None:
     corpus = Corpus.open("corpus", embedder.identity)
     features = embedder.videos.encode_all([corpus.path(video_id) for video_id in corpus.video_ids])
     for row, one in zip(corpus.matrix().rows, features, strict=True):
-        assert float(row @ embedder.embed_videos([one])[0]) == pytest.approx(1, abs=1e-5)
+        assert float(row @ embedder.embed_videos([one])[0].detach()) == pytest.approx(1, abs=1e-5)
 
 
 def test_failures_decide_the_exit_code(index) -> None:
@@ -173,8 +174,6 @@ def test_the_commands_and_the_lines_of_the_readme_run(index, run_folder, capsys,
     section = README.read_text(encoding="utf-8").split("\n## Search your own videos\n")[1].split("\n## ")[0]
     (commands,) = re.findall(r"^```bash\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     (code,) = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-    import shlex
-
     for line in commands.splitlines():
         vsr1, *arguments = shlex.split(line, comments=True)
         assert vsr1 == ".venv/bin/vsr1"
