@@ -4,8 +4,8 @@
     python -m bench.ablations table
 
 `run` takes finished runs of `vsr1 train`, whose embedder and SFT policy every variant starts from, and keeps what it finds in
-`bench/ablations.json`; `table` writes that between the markers of `docs/ablations.md`. The default itself needs no
-run of its own here: it is what the run folders hold.
+`bench/ablations.json`; `table` writes that between the markers of `docs/ablations.md`. The stage 2 of those runs needs no
+run of its own here: it is what their folders hold.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 NAMES = {
     "start": "SFT, the start",
-    "default": "GRPO, the default",
+    "default": "GRPO, as above",
     "text-only": "its text alone learns",
     "soft-only": "nothing is learned from rewards: InfoNCE and distillation alone",
     "turn-reward": "soft tokens learn from the turn's retrieval reward alone",
