@@ -26,7 +26,7 @@ from vsr1.video.dali import DaliDecoder, decode_batch, missing
 from vsr1.video.sampling import Sampling
 
 _FOLDER = Path(__file__).resolve().parent.parent / "tests" / "video"
-TESTS = [str(_FOLDER / "test_dali_gpu.py")]
+TESTS = [str(_FOLDER / "test_dali_gpu.py"), str(_FOLDER / "test_dali.py")]
 SANITIZED = [f"{_FOLDER / 'test_dali.py'}::test_what_nvdec_would_get_wrong_is_refused"]
 SIZES = {"480p": (480, 848), "1080p": (1080, 1920)}
 FILES, SECONDS, RATE, WANTED = 16, 60, 30, 64
