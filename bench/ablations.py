@@ -4,8 +4,8 @@
     python -m bench.ablations table
 
 `run` takes finished runs of `vsr1 train`, whose embedder and SFT policy every variant starts from, and keeps what it finds in
-`bench/ablations.json`; `table` writes that between the markers of `docs/ablations.md`. The default itself needs no
-run of its own here: it is what the run folders hold.
+`bench/ablations.json`; `table` writes that between the markers of `docs/ablations.md`. The stage 2 of those runs needs no
+run of its own here: it is what their folders hold.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from vsr1.train.grpo import train_grpo
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper
 from vsr1.train.monitor import Monitor
-from vsr1.train.sft import train_sft
+from vsr1.train.sft import meanings, train_sft
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "ablations.json"
@@ -48,16 +48,18 @@ PAGE = ROOT / "docs" / "ablations.md"
 VARIANTS: dict[str, dict[str, Any]] = {
     "start": {},
     "default": {},
-    "text-only": {"latent_weight": 0.0, "contrast_weight": 0.0},
-    "turn-reward": {"latent_weight": 1.0, "contrast_weight": 0.0},
-    "contrast": {"latent_weight": 0.0},
+    "text-only": {"latent_weight": 0.0, "contrast_weight": 0.0, "distillation_weight": 0.0},
+    "soft-only": {"rewards": {"verdicts": 0.0}, "latent_weight": 0.0},
+    "turn-reward": {"contrast_weight": 0.0, "distillation_weight": 0.0},
+    "contrast": {"latent_weight": 0.0, "distillation_weight": 0.0},
     "accumulated": {"accumulate": True},
     "supervised": {},
 }
 NAMES = {
     "start": "SFT, the start",
-    "default": "GRPO, the default",
+    "default": "GRPO, as above",
     "text-only": "its text alone learns",
+    "soft-only": "nothing is learned from rewards: InfoNCE and distillation alone",
     "turn-reward": "soft tokens learn from the turn's retrieval reward alone",
     "contrast": "soft tokens learn from InfoNCE alone",
     "accumulated": "trained with soft tokens that accumulate",
@@ -87,8 +89,8 @@ class Start:
     def shelf(self, corpus: str) -> Shelf:
         return Shelf(Corpus.open(self.folder / "corpus" / corpus, self.embedder.identity), self.embedder.videos)
 
-    def moments(self, split: str, fold: str | None = None) -> list[Moment]:
-        return [query.moment for query in self.world.queries(split, fold=fold)]
+    def moments(self, split: str) -> list[Moment]:
+        return [query.moment for query in self.world.queries(split)]
 
 
 def learn(start: Start, variant: str) -> Policy:
@@ -100,11 +102,21 @@ def learn(start: Start, variant: str) -> Policy:
         return further(start, policy)
     shelf = start.shelf("grpo")
     known = set(shelf.video_ids)
-    moments = [moment for moment in start.moments("train", "policy") if moment.video_id in known]
+    queries = start.world.queries("train", fold="policy")
+    moments = [query.moment for query in queries if query.moment.video_id in known]
     settings = replace(start.config.grpo, **VARIANTS[variant], validate_every=0)
     with TemporaryDirectory() as aside, Monitor(Path(aside)) as monitor:
         keeper = Keeper(Path(aside) / "checkpoints", monitor, float("inf"))
-        train_grpo(policy, start.embedder, moments, shelf, settings, start.config.seed, keeper)
+        train_grpo(
+            policy,
+            start.embedder,
+            moments,
+            shelf,
+            settings,
+            start.config.seed,
+            keeper,
+            meanings=meanings(start.embedder, queries),
+        )
     return policy.eval()
 
 

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from bench.harness import Measurement
-from vsr1.video import Frames, decode_many
+from vsr1.video import Frames, decode, decode_many
 from vsr1.video.dali import DaliDecoder, decode_batch, missing
 from vsr1.video.sampling import Sampling
 
 _FOLDER = Path(__file__).resolve().parent.parent / "tests" / "video"
-TESTS = [str(_FOLDER / "test_dali_gpu.py")]
+TESTS = [str(_FOLDER / "test_dali_gpu.py"), str(_FOLDER / "test_dali.py")]
 SANITIZED = [f"{_FOLDER / 'test_dali.py'}::test_what_nvdec_would_get_wrong_is_refused"]
 SIZES = {"480p": (480, 848), "1080p": (1080, 1920)}
 FILES, SECONDS, RATE, WANTED = 16, 60, 30, 64
@@ -124,6 +124,12 @@ def measurements() -> Iterator[Measurement]:
                 f"  PyAV {FILES * WANTED / cpu:.0f} wanted frames/s; reading and cutting alone takes {cut:.3f} s",
                 flush=True,
             )
+
+            def single(backend: str, path: Path = path) -> float:
+                return 1000 * seconds_of(lambda: decode(path, count=WANTED, backend=backend), least=1.0)
+
+            one = {who: single(who) for who in ("pyav", "dali")}
+            print("  a single file: " + ", ".join(f"{who} {ms:.0f} ms" for who, ms in one.items()), flush=True)
             for size in (None, (224, 400)):
                 free = torch.cuda.mem_get_info()[0]
                 decoder = DaliDecoder(batch=FILES, size=size, threads=cores)

@@ -78,7 +78,7 @@ class Measurement:
     peers_mib: dict[str, float] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     """Peers that could not take part, and why."""
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    counts: dict[str, dict[str, float]] = field(default_factory=dict)
     """What a call costs beside time: of each thing counted, how often each contender does it, ours first."""
     goals: list[Goal] = field(default_factory=list)
     note: str = ""
@@ -140,7 +140,7 @@ def compare(
     *,
     reads: Tensor | None = None,
     bounds: Sequence[Bound] = (),
-    counts: Mapping[str, Mapping[str, int]] | None = None,
+    counts: Mapping[str, Mapping[str, float]] | None = None,
     note: str = "",
     most_rounds: int = MOST_ROUNDS,
 ) -> Measurement | None:
@@ -261,6 +261,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": ".".join(map(str, sys.version_info[:3])),
         **versions("torch", "numpy", "faiss-cpu", "usearch", "trl", "liger-kernel"),
+        **versions("av", "opencv-python-headless", "decord", "torchcodec"),
     }
 
 

@@ -225,10 +225,10 @@ def test_rewards_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "path", [one for one in sys.path if one not in ("", str(tmp_path))])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rewards_of_mine.py").write_text("def short(trajectory, context):\n    return 1.0\n")
-    flags = ["--reward", "rewards_of_mine:short", "--reward", "answer=2.5", "--grpo.rewards.retrieval", "0.25"]
+    flags = ["--reward", "rewards_of_mine:short", "--reward", "answer=2.5", "--grpo.rewards.found", "0.25"]
     chosen = cli.parse_train(["--quick", *flags, "--run", "new"])
     before = config.preset("quick").grpo.rewards
-    assert chosen.grpo.rewards == before | {"rewards_of_mine:short": 1.0, "answer": 2.5, "retrieval": 0.25}
+    assert chosen.grpo.rewards == before | {"rewards_of_mine:short": 1.0, "answer": 2.5, "found": 0.25}
     job.claim(chosen)
     assert config.load(Path("new/config.yaml")) == chosen
     with pytest.raises(ConfigError, match=r"another .grpo.rewards."):

@@ -42,7 +42,7 @@ from vsr1.train.grpo import train_grpo
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper
 from vsr1.train.monitor import Monitor, clock
-from vsr1.train.sft import canonical_embeddings, train_sft
+from vsr1.train.sft import meanings, train_sft
 from vsr1.train.vision import train_vision
 
 _FREE = ("run", "stage", "workers", "device", "checkpoint_every")  # may change between two calls on one folder
@@ -250,11 +250,17 @@ class Job:
             known = set(shelf.video_ids)
             queries = self.world().queries("train", fold="policy")
             moments = [query.moment for query in queries if query.moment.video_id in known]
-            embeddings = canonical_embeddings(embedder, [query.attributes for query in queries])
-            meanings = {query.moment.query_id: one for query, one in zip(queries, embeddings, strict=True)}
             validate = self._validation(policy, embedder)
             train_grpo(
-                policy, embedder, moments, shelf, self.config.grpo, self.config.seed, self.keeper, validate, meanings
+                policy,
+                embedder,
+                moments,
+                shelf,
+                self.config.grpo,
+                self.config.seed,
+                self.keeper,
+                validate,
+                meanings(embedder, queries),
             )
             self._calibrate(policy, embedder)
             return policy

@@ -91,7 +91,7 @@ def test_triton_decoding_error(case: dict[str, Any], dtype: str) -> None:
         out = shared_prefix_attention(*inputs, group=group, backend="triton", **options)
         assert last_backend() == "triton"
         naive = plain(*inputs, group, **options)
-        expect(["out"], [out], [naive], [plain(*(t.double() for t in inputs), group, **options)], 2)
+        expect(["out"], [out], [naive], [plain(*(t.double() for t in inputs), group, **options)], 3)
     assert out[-1].abs().max() == 0
 
 
@@ -263,6 +263,7 @@ COMPILED = [
     ("forward", "bf16", 128, 80), ("query_gradient", "fp16", 128, 80), ("key_gradient", "bf16", 128, 80),
     ("forward", "bf16", 256, 80), ("query_gradient", "bf16", 256, 80), ("key_gradient", "bf16", 256, 90),
 ]  # fmt: skip
+SPILLED = {("key_gradient", 128, 90): 128}  # bytes; faster with them than without: training.blocks
 
 
 @compiles
@@ -291,5 +292,5 @@ def test_compiles_for_gpus_without_spills(
     used = compile_ahead(function, constants, types, aligned, cap)
     for what, count in used.items():
         record_property(what, count)
-    assert used["spills"] == 0
+    assert used["spills"] <= SPILLED.get((kernel, width, cap), 0)
     assert used["shared"] <= SHARED_MEMORY[cap]

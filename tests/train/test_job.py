@@ -172,7 +172,7 @@ def test_every_stage_learns_to_its_last_step(run: Path) -> None:
     last = {line["stage"]: line for line in log(run)}
     assert {"describe", "contrast", "accuracy"} <= set(last["embedder"])
     assert {"say", "distillation", "contrast"} <= set(last["sft"])
-    assert {"reward", "reward_retrieval", "groups_with_variance"} <= set(last["grpo"])
+    assert {"reward", "reward_found", "groups_with_variance"} <= set(last["grpo"])
     assert settings.grpo.optimisation.steps >= 2
 
 

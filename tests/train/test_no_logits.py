@@ -91,7 +91,7 @@ def step(stage: str, tiny_embedder: Embedder, world: World, shelf: Shelf, monkey
         run = lambda: embedder_stage.train_embedder(wide, world, training, 1, keeper)  # noqa: E731
         return Step(run, embedder_stage, monkeypatch)
     if stage == "sft":
-        replies = SftTraining(optimisation=settings, batch=12, refine_rows=4)
+        replies = SftTraining(optimisation=settings, batch=12, refine_rows=4, refine_from=0.5, contrast_from=0.65)
         run = lambda: sft.train_sft(policy, tiny_embedder, world, shelf, replies, 1, keeper)  # noqa: E731
         return Step(run, sft, monkeypatch)
     monkeypatch.setitem(sys.modules, "rewards_of_mine", SimpleNamespace(unlike=unlike))

@@ -324,6 +324,15 @@ def test_canonical_embeddings_are_the_words_own(tiny_embedder: Embedder) -> None
             assert torch.equal(vector, table[token])
 
 
+def test_meanings_go_by_the_query(tiny_embedder: Embedder, world: World) -> None:
+    queries = world.queries("train")[:3]
+    found = sft.meanings(tiny_embedder, queries)
+    assert list(found) == [query.moment.query_id for query in queries]
+    for query in queries:
+        (expected,) = sft.canonical_embeddings(tiny_embedder, [query.attributes])
+        assert torch.equal(found[query.moment.query_id], expected)
+
+
 def test_every_word_is_one_token(tiny_embedder: Embedder) -> None:
     for word in all_words():
         ids = tiny_embedder.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]

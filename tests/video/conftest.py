@@ -23,6 +23,11 @@ def numbered(index: int, side: int = SIDE) -> np.ndarray:
 
 
 @pytest.fixture
+def numbered_frame() -> Callable[[int], np.ndarray]:
+    return numbered
+
+
+@pytest.fixture
 def read_numbers() -> Callable[[torch.Tensor], list[int]]:
     """The numbers that decoded frames (T, H, W, 3) carry."""
 

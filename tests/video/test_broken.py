@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,11 @@ def test_folder(tmp_path: Path) -> None:
     fails(tmp_path, "folder")
 
 
+def test_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    fails(tmp_path / "pipe.mp4", "not a regular file")
+
+
 def test_empty(tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     fails(tmp_path / "empty.mp4", "empty")
@@ -61,8 +67,8 @@ def test_cut_short(video: Path, share: float) -> None:
     fails(video)
 
 
-@pytest.mark.parametrize("share", [0.4, 0.6, 0.9])
-@pytest.mark.parametrize("name", ["early.mp4", "early.mkv"])
+@pytest.mark.parametrize("share", [0.4, 0.6, 0.75])
+@pytest.mark.parametrize("name", ["early.mp4", "early.mkv", "early.avi"])
 def test_cut_short_with_the_index_in_front(tmp_path: Path, name: str, share: float) -> None:
     """Here the header still promises the whole length: what is there decodes, what is missing is an error."""
     path = tmp_path / name
@@ -77,8 +83,9 @@ def test_cut_short_with_the_index_in_front(tmp_path: Path, name: str, share: flo
         container.mux(stream.encode())
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     assert len(decode(path, times=[0.0, 1.0])) == 2
-    with pytest.raises(VideoError, match="truncated"):
-        decode(path, fps=2)
+    for fps in (2, 0.5):
+        with pytest.raises(VideoError, match="truncated"):
+            decode(path, fps=fps)
 
 
 def test_damaged_bytes(video: Path) -> None:

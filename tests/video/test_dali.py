@@ -108,6 +108,7 @@ def test_what_nvdec_would_get_wrong_is_refused(write_numbered: Write) -> None:
     assert "144 x 144" in reason("small.mkv", codec="libx265", side=128, **{"x265-params": "log-level=0"})
     assert "even sizes" in reason("odd.webm", codec="libvpx-vp9", side=191)
     assert "yuv420p10le" in reason("deep.mp4", side=192, pixels="yuv420p10le")
+    assert "takes h264, hevc, vp9; this is av1" in reason("a.mkv", codec="libsvtav1", side=192)
     assert reason("good.mp4", side=192) is None
 
 

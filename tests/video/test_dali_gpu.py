@@ -7,6 +7,7 @@ Runs where torch sees a CUDA device and DALI is installed. What it prints (decod
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +41,6 @@ CASES = {
     "hevc open groups": ("a.mp4", "libx265", {"g": "12", "x265-params": "log-level=0:open-gop=1"}),
     "vp9": ("a.webm", "libvpx-vp9", {"g": "12", "b": "2M"}),
     "vp9 hidden frames": ("a.webm", "libvpx-vp9", {"g": "40", "b": "2M", "auto-alt-ref": "1", "lag-in-frames": "16"}),
-    "av1": ("a.mkv", "libsvtav1", {"g": "40"}),
 }
 SAMPLINGS = {
     "every frame": {"fps": 25},
@@ -97,6 +97,21 @@ def test_resize_on_the_gpu(write_numbered: Write, read_numbers: Read) -> None:
     for ours in decoded(DaliDecoder(size=(96, 160)), *paths, fps=5):
         assert tuple(ours.pixels.shape) == (10, 96, 160, 3) and ours.pixels.is_cuda
         assert read_numbers(ours.pixels) == list(range(0, 50, 5))
+
+
+def test_decode_takes_the_gpu(write_numbered: Write, read_numbers: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_numbered("a.mp4", list(range(0, 4000, 40)), side=SIDE)
+    theirs = decode(path, fps=5)
+    monkeypatch.setattr(importlib.import_module("vsr1.video.decode"), "WORTH_A_GPU", 0)
+    for options in ({"backend": "dali"}, {"backend": "dali", "device": "cuda:0"}, {"device": "cuda"}):
+        for size in (None, (96, 160)):
+            ours = decode(path, fps=5, size=size, **options)
+            assert ours.pixels.is_cuda and torch.equal(ours.seconds, theirs.seconds)
+            assert read_numbers(ours.pixels) == list(range(0, 100, 5))
+    small = write_numbered("small.mp4", [0, 40])
+    assert decode(small, count=1, device="cuda").pixels.is_cuda  # by PyAV, and taken there
+    with pytest.raises(BackendUnavailable, match=r"48 x 16.*backend 'pyav' reads it"):
+        decode(small, count=1, backend="dali")
 
 
 def test_earlier_results_stay_as_they_were(write_numbered: Write) -> None:

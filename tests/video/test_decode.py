@@ -89,7 +89,7 @@ def test_jumps_over_key_frames_change_nothing(
     numbers = list(range(115, 146))
     jumped = [decode(path, times=[number / 25]).pixels for number in numbers]
     assert [read_numbers(pixels)[0] for pixels in jumped] == numbers
-    monkeypatch.setattr(importlib.import_module("vsr1.video.decode"), "WORTH_A_JUMP", float("inf"))
+    monkeypatch.setattr(importlib.import_module("vsr1.video.pyav"), "WORTH_A_JUMP", float("inf"))
     walked = decode(path, times=[number / 25 for number in numbers]).pixels
     assert torch.equal(torch.cat(jumped), walked)
 
@@ -97,7 +97,7 @@ def test_jumps_over_key_frames_change_nothing(
 @pytest.mark.parametrize("name", ["gop.mp4", "gop.mkv"])
 def test_a_jump_really_skips_frames(write_numbered: Write, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_numbered(name, EVERY_40_MS, g="20")
-    module = importlib.import_module("vsr1.video.decode")
+    module = importlib.import_module("vsr1.video.pyav")
     walked: list[float] = []
     walk = module._walk
     monkeypatch.setattr(module, "_walk", lambda *args: (walked.append(item[0]) or item for item in walk(*args)))
@@ -106,8 +106,8 @@ def test_a_jump_really_skips_frames(write_numbered: Write, name: str, monkeypatc
 
 
 def test_an_index_that_leads_too_late_is_an_error(write_numbered: Write) -> None:
-    from vsr1.video.decode import _jump
     from vsr1.video.probe import opened
+    from vsr1.video.pyav import _jump
 
     path = write_numbered("late.mkv", [5000, 5040, 5080])
     with opened(path) as (container, stream), pytest.raises(VideoError, match="its index leads to no frame"):

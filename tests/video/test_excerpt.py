@@ -84,8 +84,8 @@ def test_an_excerpt_holds_what_is_needed_and_no_more(write_numbered: Write) -> N
 def test_long_videos_are_not_read_through(write_numbered: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_numbered("a.mp4", list(range(0, 10000, 40)), clock=25, g="25")
     read = []
-    packets = _Reader._packets
-    monkeypatch.setattr(_Reader, "_packets", lambda self: (read.append(packet) or packet for packet in packets(self)))
+    pictures = _Reader._pictures
+    monkeypatch.setattr(_Reader, "_pictures", lambda self: (read.append(item) or item for item in pictures(self)))
     excerpt(path, Sampling(times=[9.0]))
     assert len(read) < 3 * 25 + 5  # of 250: the first group, the one that is wanted, and the next to see its start
 

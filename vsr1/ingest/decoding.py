@@ -20,7 +20,7 @@ from vsr1.corpus import FileMark
 from vsr1.errors import VideoError
 from vsr1.ingest.listing import Failure
 from vsr1.ingest.plan import Video, changing, mark_of, still
-from vsr1.video import Frames, decode_many
+from vsr1.video import Frames, Loader, Sampling
 
 if TYPE_CHECKING:
     from vsr1.models.vision import VideoSettings
@@ -30,11 +30,32 @@ _LOOK_SECONDS = 0.1  # between looks whether the caller has gone
 
 
 def decoded(paths: Iterable[Path], settings: VideoSettings, workers: int) -> Iterator[tuple[Path, Frames | VideoError]]:
-    """The frames of each path as the model samples them, or why there are none; in order, decoded `workers` at a time.
+    """The frames of each path as the model samples them, or why there are none; in order, decoded by `workers` processes, so
+    that a file that crashes or hangs its decoder is one failure and no more.
 
     `paths` is read as far ahead as decoding needs. Whatever decodes videos for an ingestion is called here and nowhere else.
     """
-    return decode_many(paths, workers=workers, fps=settings.fps, max_frames=settings.max_frames)
+    given: deque[Path] = deque()
+    passed = 0
+
+    def rows() -> Iterator[Path]:
+        for path in paths:
+            given.append(path)
+            yield path
+
+    with Loader(Sampling(fps=settings.fps, max_frames=settings.max_frames), workers=workers, failures="skip") as loader:
+        for sample in loader.load(rows()):
+            yield from _failed(loader, given, sample.row - passed)
+            passed = sample.row + 1
+            yield given.popleft(), sample.frames
+        yield from _failed(loader, given, len(given))
+
+
+def _failed(loader: Loader, given: deque[Path], count: int) -> Iterator[tuple[Path, VideoError]]:
+    """The next `count` paths, which the loader has left out."""
+    failures = loader.report.failures
+    for failure in failures[len(failures) - count :]:
+        yield given.popleft(), VideoError(failure.path, failure.reason)
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,9 @@ class GrpoTraining:
     """
 
     optimisation: Optimisation = field(
-        default_factory=lambda: Optimisation(steps=40, learning_rate=3e-5, warmup=5, weight_decay=0.0, muon=0.0)
+        default_factory=lambda: Optimisation(steps=60, learning_rate=4e-4, warmup=5, weight_decay=0.0)
     )
-    head_learning_rate: float = 1e-4
+    head_learning_rate: float = 1e-3
     videos: int = 1200
     queries: int = 16
     bootstrapped: float = 0.5
@@ -92,25 +92,22 @@ class GrpoTraining:
     max_tokens: int = 88
     loss_type: LossType = "grpo"
     advantage: AdvantageMode = "mean"
-    credit: Credit = "trajectory"
+    credit: Credit = "turn"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    beta: float = 0.02
+    beta: float = 0.5
     sigma: float = 0.1
-    latent_beta: float = 0.1
+    latent_beta: float = 0.0
     latent_weight: float = 1.0
     contrast_weight: float = 0.3
-    distillation_weight: float = 0.0
+    distillation_weight: float = 1.0
     temperature: float = 0.05
     pack_tokens: int = 16384
     rewards: dict[str, float] = field(
         default_factory=lambda: {
             "found": 1.5,
             "verdicts": 1.0,
-            "think_format": 0.05,
-            "time_format": 0.05,
-            "refine_presence": 0.1,
-            "retrieval": 0.4,
+            "time_format": 0.1,
         }
     )
 

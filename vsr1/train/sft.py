@@ -24,7 +24,7 @@ from vsr1.agent.generate import soft_tokens
 from vsr1.data.rationale import judge
 from vsr1.data.scene import Scene
 from vsr1.data.vocabulary import ATTRIBUTES, canonical_rewrite, sentence
-from vsr1.data.world import World
+from vsr1.data.world import World, WorldQuery
 from vsr1.models import backbone
 from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
@@ -50,8 +50,8 @@ class SftTraining:
     confusions: int = 10
     answer_weight: float = 4.0
     mark_weight: float = 4.0
-    refine_from: float = 0.5
-    contrast_from: float = 0.65
+    refine_from: float = 0.7
+    contrast_from: float = 1.0
     refine_rows: int = 12
     distillation_weight: float = 1.0
     contrast_weight: float = 0.3
@@ -231,3 +231,9 @@ def canonical_embeddings(embedder: Embedder, attributes: Sequence[dict[str, str]
             raise ValueError(f"distillation needs canonical words of one token each; got {canonical_rewrite(one)!r}")
         ids.append([word[0] for word in words])
     return embedder.model.get_input_embeddings()(torch.tensor(ids, device=embedder.videos.device))
+
+
+def meanings(embedder: Embedder, queries: Sequence[WorldQuery]) -> dict[str, Tensor]:
+    """`canonical_embeddings` (words, E) of queries by their id: what stage 2 distils onto."""
+    embeddings = canonical_embeddings(embedder, [query.attributes for query in queries])
+    return {query.moment.query_id: one for query, one in zip(queries, embeddings, strict=True)}

@@ -1,14 +1,19 @@
 """From a file to frames and back: `probe` describes a file, `decode` samples it by time, `encode` writes one.
 
+`Loader` decodes many files ahead of its caller, each out of harm's way; `FrameCache` keeps what it decoded on disk.
+
 Importing this folder loads PyAV and numpy; torch loads with the first decoded frame, so processes that only encode
 never pay for it.
 """
 
 from __future__ import annotations
 
+from vsr1.video.cache import FrameCache
 from vsr1.video.decode import decode, decode_many
 from vsr1.video.encode import encode
 from vsr1.video.frames import Frames
+from vsr1.video.loader import Loader
 from vsr1.video.probe import VideoInfo, probe
+from vsr1.video.sampling import Sampling
 
-__all__ = ["Frames", "VideoInfo", "decode", "decode_many", "encode", "probe"]
+__all__ = ["FrameCache", "Frames", "Loader", "Sampling", "VideoInfo", "decode", "decode_many", "encode", "probe"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,8 @@ from vsr1.video.sampling import Sampling
 if TYPE_CHECKING:
     from torch import Tensor
 
-SMALLEST = {"h264": (48, 16), "hevc": (144, 144), "vp9": (128, 128), "av1": (128, 128)}
-"""NVDEC's least width and height of each codec it is used for here."""
+SMALLEST = {"h264": (48, 16), "hevc": (144, 144), "vp9": (128, 128)}
+"""NVDEC's least width and height of each codec it is used for here. Not AV1: DALI finds it on few GPUs, not on an H100."""
 FORMATS = ("yuv420p", "yuvj420p")
 BT601 = (0.299, 0.114)
 LUMA = {1: (0.2126, 0.0722), 9: (0.2627, 0.0593)}
@@ -47,6 +48,8 @@ def missing() -> str | None:
 
 def refuses(cut: Excerpt) -> str | None:
     """Why NVDEC cannot decode this excerpt into the frames that PyAV gives, or None."""
+    if cut.codec not in SMALLEST:
+        return f"takes {', '.join(SMALLEST)}; this is {cut.codec}"
     frame, least = cut.first, SMALLEST[cut.codec]
     if frame.format.name not in FORMATS:
         return f"takes 8-bit 4:2:0 pictures; these are {frame.format.name}"
@@ -123,7 +126,7 @@ class DaliDecoder:
             inputs["size"] = [np.array(_stored(self.size, cut), np.float32) for cut in cuts]
         (videos,) = self._pipeline.run(**inputs)
         for cut, video in zip(cuts, videos, strict=True):
-            pixels = torch.from_dlpack(video)
+            pixels = torch.utils.dlpack.from_dlpack(video)
             if pixels.shape[0] != len(cut.frames):
                 raise RuntimeError(f"{pixels.shape[0]} frames came for {len(cut.frames)}")
             pixels = _coloured(pixels, cut)
@@ -149,6 +152,28 @@ class DaliDecoder:
             pipeline.set_outputs(videos)
         pipeline.build()
         return pipeline
+
+
+@functools.lru_cache(4)
+def _kept(device: int, size: tuple[int, int] | None) -> tuple[DaliDecoder, threading.Lock]:
+    return DaliDecoder(device, batch=1, size=size), threading.Lock()
+
+
+def decode_one(cut: Excerpt, device: int | None = None, size: tuple[int, int] | None = None) -> Frames:
+    """One video on a device (None: torch's current one), by a decoder that is kept for the next; many go faster in batches.
+
+    Raises:
+        VideoError: NVDEC cannot decode it.
+        BackendUnavailable: it is none of the videos that DALI takes.
+    """
+    import torch
+
+    decoder, lock = _kept(torch.cuda.current_device() if device is None else device, size)
+    with lock:
+        (result,) = decoder.decode([cut])
+    if not isinstance(result, Frames):
+        raise result
+    return result
 
 
 def decode_batch(

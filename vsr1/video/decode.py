@@ -1,42 +1,44 @@
 """Frames of a file at chosen presentation times: the clock is the file's own, never an index divided by a guess.
 
-`decode` turns its sampling arguments into wanted times, walks the stream once in presentation order, and keeps for
-each time the frame on display then. Where the next wanted time lies beyond a later key frame it jumps there instead
-of decoding what nobody asked for. `decode_many` does this for a list of files on a bounded pool of threads (FFmpeg
-works outside the interpreter lock) and hands errors back as values, so one bad file never ends a run.
+What `decode` promises, whichever backend does it:
+
+- A frame is named by its time. Times count from the first displayed frame and are the file's presentation times, so
+  variable rates, edit lists, late starts and B-frames come out right; `seconds` says for each frame when it is first
+  displayed, to the tick of the file's clock. A wanted time gives the frame on display then; past the end, the last one.
+- Frames are upright, RGB, all of the size of the first (or `size`), as many as wanted, in ascending order.
+- A file that is missing, no regular file, damaged, cut short before a wanted time or without video is one `VideoError`
+  with the path and a reason. Damage behind the last wanted frame may go unnoticed: what nobody wants is not decoded.
+- Nothing is fetched over a network, whatever a file says. Time and memory are not limited here: `vsr1.video.loader` does
+  that, in processes of its own.
+
+The backends: `pyav` decodes on the CPU and reads everything that FFmpeg reads; `dali` decodes on an NVIDIA GPU and gives
+the same frames at the same times, with pixels that may differ by a few levels. `auto` takes the GPU where it pays.
+`decode_many` decodes a list of files with PyAV on a bounded pool of threads (FFmpeg works outside the interpreter lock).
 """
 
 from __future__ import annotations
 
-import bisect
+import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from av.container import InputContainer
-from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
-from av.video.stream import VideoStream
-
-from vsr1.errors import VideoError
+from vsr1.errors import BackendUnavailable, VideoError
 from vsr1.video.frames import Frames
-from vsr1.video.probe import (
-    MATROSKA,
-    MP4,
-    WORTH_A_JUMP,
-    check_whole,
-    display_allowance,
-    duration_of,
-    opened,
-    quarter_turns,
-    stamp,
-    tick_of,
-)
+from vsr1.video.pyav import Pictures, pictures
 from vsr1.video.sampling import Sampling
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "pyav", "dali")
+WORTH_A_GPU = 300_000_000
+"""Coded pixels below which `auto` stays on the CPU: a core decodes them in about a second, and NVDEC has to be set up."""
 
 
 def decode(
@@ -47,7 +49,10 @@ def decode(
     count: int | None = None,
     max_frames: int | None = None,
     span: tuple[float, float] | None = None,
+    size: tuple[int, int] | None = None,
     threads: int | None = None,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
 ) -> Frames:
     """Decode the frames displayed at the wanted times; works for variable frame rates as for constant ones.
 
@@ -60,20 +65,81 @@ def decode(
         max_frames: if `fps` wants more frames than this, take this many by the rule of `count`; with `times` or
             `count` a plain upper limit.
         span: (start, end) seconds that `fps` and `count` sample instead of the whole video.
-        threads: decoder threads; None takes one for small frames and one per core for large ones.
+        size: (height, width) in pixels that the upright frames are resized to (cubic, without aliasing); None keeps theirs.
+        threads: PyAV's decoder threads; None takes one for small frames and one per core for large ones.
+        backend: "pyav"; "dali"; or "auto": DALI if `device` is a CUDA device, DALI is there and takes the video, and it is
+            long enough to be worth it, else PyAV.
+        device: where the pixels shall lie. None: CPU memory, or with backend "dali" the current CUDA device.
 
     Raises:
-        ValueError: the sampling arguments contradict each other or are out of range.
+        ValueError: the arguments contradict each other or are out of range.
         VideoError: the file is missing, damaged, cut short before a wanted time, or holds no video.
+        BackendUnavailable: backend "dali" cannot serve: no DALI, no CUDA device, or not this video; it never falls back.
     """
     sampling = Sampling(times, fps, count, max_frames, span)
-    with opened(path, threads) as (container, stream):
-        duration = duration_of(path, container, stream)
-        pixels, seconds = _collect(path, container, stream, duration, sampling.wanted(duration))
+    check_size(size)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got '{backend}'")
+    if backend == "dali" or (backend == "auto" and device is not None):
+        frames = _on_gpu(path, sampling, size, device, optional=backend == "auto")
+        if frames is not None:
+            return frames
+    decoded = as_frames(path, pictures(path, sampling, size=size, threads=threads))
+    return decoded if device is None else decoded.to(device)
 
+
+def check_size(size: tuple[int, int] | None) -> None:
+    """Raise ValueError for what is no (height, width)."""
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ValueError(f"size must be (height, width) of at least 1 x 1 pixels, got {size}")
+
+
+def as_frames(path: str | os.PathLike[str], decoded: Pictures) -> Frames:
+    """The same memory as tensors."""
     import torch  # here and not above: processes that only encode or probe must not load it
 
-    return Frames(torch.from_numpy(pixels), torch.tensor(seconds, dtype=torch.float64), duration, Path(path))
+    seconds = torch.tensor(decoded.seconds, dtype=torch.float64)
+    return Frames(torch.from_numpy(decoded.pixels), seconds, decoded.duration, Path(path))
+
+
+def _on_gpu(
+    path: str | os.PathLike[str],
+    sampling: Sampling,
+    size: tuple[int, int] | None,
+    device: str | torch.device | None,
+    optional: bool,
+) -> Frames | None:
+    """Frames by DALI; None if that is `optional` and it cannot serve, or would not pay."""
+    import torch
+
+    from vsr1.video import dali
+    from vsr1.video.excerpt import excerpt
+
+    target = torch.device("cuda" if device is None else device)
+    if target.type != "cuda":
+        if optional:
+            return None
+        raise ValueError(
+            f"backend 'dali' leaves the pixels on a CUDA device, got device '{device}'; move them afterwards"
+        )
+    if reason := dali.missing():
+        if optional:
+            return None
+        raise BackendUnavailable(f"video backend 'dali' {reason}; backend 'pyav' needs neither")
+    try:
+        cut = excerpt(path, sampling)
+        if optional and (cut.pictures * cut.first.width * cut.first.height < WORTH_A_GPU or dali.refuses(cut)):
+            return None
+        return dali.decode_one(cut, target.index, size)
+    except VideoError as error:
+        if not optional:
+            raise
+        log.warning("%s; PyAV has the last word", error)
+        return None
+    except BackendUnavailable as error:
+        if optional:
+            return None
+        raise BackendUnavailable(f"{error}; backend 'pyav' reads it") from error
 
 
 def decode_many(
@@ -91,13 +157,13 @@ def decode_many(
     At most two files a worker are held decoded and unread. A file that fails yields its `VideoError` in place of
     frames. Sampling arguments are those of `decode`.
     """
-    Sampling(times, fps, count, max_frames, span)  # complains now, not in a worker
+    sampling = Sampling(times, fps, count, max_frames, span)  # complains now, not in a worker
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
 
     def task(path: Path) -> Frames | VideoError:
         try:
-            return decode(path, times=times, fps=fps, count=count, max_frames=max_frames, span=span, threads=1)
+            return as_frames(path, pictures(path, sampling, threads=1))
         except VideoError as error:
             return error
 
@@ -118,109 +184,3 @@ def decode_many(
             executor.shutdown(cancel_futures=True)
 
     return results()
-
-
-def _collect(
-    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, duration: float, wanted: list[float]
-) -> tuple[np.ndarray, list[float]]:
-    """The frame on display at each wanted time: pixels (T, H, W, 3) and the time each is first displayed."""
-    upright = _Upright()
-    pixels = np.empty(0, np.uint8)
-    seconds: list[float] = []
-    allowance = display_allowance(stream)
-
-    def take(time: float, frame: VideoFrame, repeats: int) -> None:
-        nonlocal pixels
-        picture = upright(frame)
-        if not seconds:
-            pixels = np.empty((len(wanted), *picture.shape), np.uint8)
-        pixels[len(seconds) : len(seconds) + repeats] = picture
-        seconds.extend([time] * repeats)
-
-    previous: tuple[float, VideoFrame] | None = None
-    for time, frame in _walk(path, container, stream, lambda: wanted[len(seconds)]):
-        due = bisect.bisect_left(wanted, time - allowance, lo=len(seconds)) - len(seconds)
-        if previous is not None and due:
-            take(*previous, due)
-        if len(seconds) == len(wanted):
-            return pixels, seconds
-        previous = (time, frame)
-    if previous is None:
-        raise VideoError(path, "no frame can be decoded")
-    end = previous[0] + (previous[1].duration or 0) * tick_of(stream)
-    check_whole(path, container, stream, duration, end, wanted[-1])
-    take(*previous, len(wanted) - len(seconds))
-    return pixels, seconds
-
-
-class _Upright:
-    """Frames as (H, W, 3) uint8 RGB, turned upright; all get the size and the turn of the first."""
-
-    def __init__(self) -> None:
-        self._reformatter = VideoReformatter()
-        self._first: tuple[int, int, int] | None = None
-
-    def __call__(self, frame: VideoFrame) -> np.ndarray:
-        self._first = self._first or (frame.width, frame.height, quarter_turns(frame))
-        width, height, turns = self._first
-        # threads=1: swscale's own pool costs more than converting a frame.
-        converted = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
-        return np.rot90(converted.to_ndarray(), turns)
-
-
-def _walk(
-    path: str | os.PathLike[str],
-    container: InputContainer,
-    stream: VideoStream,
-    next_wanted: Callable[[], float],
-) -> Iterator[tuple[float, VideoFrame]]:
-    """Frames in presentation order with their seconds; what lies before the next wanted time may be skipped.
-
-    Only mp4 and Matroska can be trusted to give frames the same times after a jump; the others are read through.
-    """
-    tick = tick_of(stream)
-    frames = _frames(path, container, stream)
-    first = next(frames, None)
-    if first is None:
-        return
-    start = stamp(path, first)
-    yield 0.0, first
-    time, considered = 0.0, 0.0
-    keys: list[int] | None = None if container.format.name in (MP4, MATROSKA) else []
-    while True:
-        wanted = next_wanted()
-        if wanted - time >= WORTH_A_JUMP and wanted > considered:
-            considered = wanted  # once per wanted time, whatever key frame the jump lands on
-            target = start + int(wanted / tick)
-            if keys is None or any(start + time / tick < key <= target for key in keys):
-                frames = _jump(path, container, stream, start, target)
-            if keys is None:  # only now: Matroska's index lies at its end and is read at the first jump
-                keys = [entry.timestamp for entry in stream.index_entries if entry.is_keyframe]
-        frame = next(frames, None)
-        if frame is None:
-            return
-        time = (stamp(path, frame) - start) * tick
-        yield time, frame
-
-
-def _jump(
-    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, start: int, target: int
-) -> Iterator[VideoFrame]:
-    """Frames from a key frame that is displayed no later than `target` (ticks), or else from the `start`.
-
-    An index may be wrong; the frame it leads to says so.
-    """
-    for ticks in (target, start):
-        container.seek(ticks, stream=stream)
-        frames = _frames(path, container, stream)
-        frame = next(frames, None)
-        if frame is not None and stamp(path, frame) <= target:
-            return chain([frame], frames)
-    raise VideoError(path, f"its index leads to no frame at or before {(target - start) * tick_of(stream):.2f} s")
-
-
-def _frames(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-    for packet in container.demux(stream):
-        if packet.is_corrupt:
-            raise VideoError(path, "a damaged frame (truncated file?)")
-        yield from stream.decode(packet)

@@ -30,13 +30,12 @@ from av.video.stream import VideoStream
 
 from vsr1.errors import BackendUnavailable, VideoError
 from vsr1.video.probe import (
-    MATROSKA,
-    MP4,
     NO_CLOCK,
     WORTH_A_JUMP,
     check_whole,
     display_allowance,
     duration_of,
+    keyframes,
     opened,
     stamp,
     tick_of,
@@ -56,7 +55,8 @@ class Excerpt:
 
     `data` (n,) uint8: an mp4. `frames`: which of its frames are wanted, ascending and each once. `rows`: for each
     wanted time its place in `frames`. `seconds`: for each wanted time when its frame is first displayed. `duration` is
-    the video's. `first` is the video's first frame, decoded: size, rotation and colours are those of all.
+    the video's. `first` is the video's first frame, decoded: size, rotation and colours are those of all. `pictures`:
+    how many have to be decoded.
     """
 
     source: Path
@@ -67,11 +67,12 @@ class Excerpt:
     seconds: list[float]
     duration: float
     first: VideoFrame
+    pictures: int
 
 
 @dataclass(eq=False)
-class _Coded:
-    """A packet and when its picture is displayed, in ticks."""
+class _Picture:
+    """A coded picture: when it is displayed, in ticks, and the packet that holds it."""
 
     pts: int
     packet: Packet
@@ -85,23 +86,23 @@ class _Coded:
 class _Group:
     """A key picture and what is coded after it up to the next. `before` is the group its leading pictures refer to."""
 
-    packets: list[_Coded]
+    pictures: list[_Picture]
     before: _Group | None
     kept: int = 0
-    """How many of the packets must be decoded."""
+    """How many of the pictures must be decoded."""
     leads: bool = False
     """Whether the leading pictures must be, too."""
 
-    def shown(self) -> list[_Coded]:
+    def shown(self) -> list[_Picture]:
         """The pictures that can be displayed, in that order."""
-        earliest = self.packets[0].pts if self.before is None else -math.inf
-        visible = (packet for packet in self.packets if packet.shown and packet.pts >= earliest)
-        return sorted(visible, key=lambda packet: packet.pts)
+        earliest = self.pictures[0].pts if self.before is None else -math.inf
+        visible = (picture for picture in self.pictures if picture.shown and picture.pts >= earliest)
+        return sorted(visible, key=lambda picture: picture.pts)
 
-    def keep(self, packet: _Coded) -> None:
-        self.kept = max(self.kept, self.packets.index(packet) + 1)
-        if self.before is not None and packet.pts < self.packets[0].pts:
-            self.leads, self.before.kept = True, len(self.before.packets)
+    def keep(self, picture: _Picture) -> None:
+        self.kept = max(self.kept, self.pictures.index(picture) + 1)
+        if self.before is not None and picture.pts < self.pictures[0].pts:
+            self.leads, self.before.kept = True, len(self.before.pictures)
 
 
 def excerpt(path: str | os.PathLike[str], sampling: Sampling) -> Excerpt:
@@ -118,11 +119,11 @@ def excerpt(path: str | os.PathLike[str], sampling: Sampling) -> Excerpt:
         first = _first_frame(path)
         reader = _Reader(path, container, stream, stamp(path, first), sampling)
         reader.read()
-        seconds = [(packet.pts - reader.start) * reader.tick for packet in reader.chosen]
-        data, places = _muxed(stream, reader.kept, reader.chosen)
+        seconds = [reader.time(picture) for picture in reader.chosen]
+        data, places, pictures = _muxed(stream, reader.kept, reader.chosen)
     frames = sorted(set(places))
     rows = [frames.index(place) for place in places]
-    return Excerpt(Path(path), CODECS[codec], data, frames, rows, seconds, reader.duration, first)
+    return Excerpt(Path(path), CODECS[codec], data, frames, rows, seconds, reader.duration, first, pictures)
 
 
 def _first_frame(path: str | os.PathLike[str]) -> VideoFrame:
@@ -149,11 +150,11 @@ class _Reader:
         self.wanted = sampling.wanted(self.duration)
         self.tick = tick_of(stream)
         self.kept: list[_Group] = []
-        self.chosen: list[_Coded] = []
+        self.chosen: list[_Picture] = []
 
     def read(self) -> None:
         """Find the picture on display at each wanted time."""
-        last: list[_Coded] = []
+        last: list[_Picture] = []
         group = None
         for following in self._groups():
             shown = following.shown()
@@ -163,27 +164,28 @@ class _Reader:
                 if shown[0].pts != self.start:
                     raise BackendUnavailable(f"video '{self.path}' begins with pictures that refer to missing ones")
             else:
-                self._choose(group, last, self._time(shown[0]))
+                self._choose(group, last, self.time(shown[0]))
                 if len(self.chosen) == len(self.wanted):
                     return
             group, last = following, shown
         if group is None:
             raise VideoError(self.path, "no frame can be decoded")
-        end = self._time(last[-1]) + (last[-1].packet.duration or 0) * self.tick
+        end = self.time(last[-1]) + (last[-1].packet.duration or 0) * self.tick
         check_whole(self.path, self.container, self.stream, self.duration, end, self.wanted[-1])
         self._choose(group, last, math.inf)
 
-    def _time(self, packet: _Coded) -> float:
-        return (packet.pts - self.start) * self.tick
+    def time(self, picture: _Picture) -> float:
+        """When a picture is displayed, in seconds from the first."""
+        return (picture.pts - self.start) * self.tick
 
-    def _choose(self, group: _Group, shown: list[_Coded], until: float) -> None:
+    def _choose(self, group: _Group, shown: list[_Picture], until: float) -> None:
         """Choose for every wanted time that lies before `until` seconds, which is when the next group begins."""
         allowance = display_allowance(self.stream)
-        times = [self._time(packet) - allowance for packet in shown]
+        times = [self.time(picture) - allowance for picture in shown]
         for wanted in self.wanted[len(self.chosen) : bisect.bisect_left(self.wanted, until - allowance)]:
-            packet = shown[max(0, bisect.bisect_right(times, wanted) - 1)]
-            group.keep(packet)
-            self.chosen.append(packet)
+            picture = shown[max(0, bisect.bisect_right(times, wanted) - 1)]
+            group.keep(picture)
+            self.chosen.append(picture)
         if group.before is not None:
             group.before.before = None  # or every group would hold all that came before it
         self.kept += [item for item in (group.before, group) if item and item.kept and item not in self.kept[-2:]]
@@ -191,50 +193,48 @@ class _Reader:
     def _groups(self) -> Iterator[_Group]:
         """Groups in coded order; those without a wanted time may be skipped, where the container can be trusted."""
         considered = 0.0
-        keys: list[int] | None = None if self.container.format.name in (MP4, MATROSKA) else []
-        packets: list[_Coded] = []
+        leads_elsewhere = False
+        pictures: list[_Picture] = []
         before: _Group | None = None
-        coming = self._packets()
-        while (packet := next(coming, None)) is not None:
-            begins = self._begins(packet)
-            if begins and packets:
-                yield (before := _Group(packets, before))
-                packets = []
+        coming = self._pictures()
+        while (picture := next(coming, None)) is not None:
+            begins = self._begins(picture)
+            if begins and pictures:
+                yield (before := _Group(pictures, before))
+                pictures = []
                 wanted = self.wanted[len(self.chosen)]
-                if wanted - self._time(packet) >= WORTH_A_JUMP and wanted > considered:
+                if wanted - self.time(picture) >= WORTH_A_JUMP and wanted > considered and not leads_elsewhere:
                     considered = wanted  # once per wanted time, whatever key picture the jump lands on
                     target = self.start + int(wanted / self.tick)
-                    if keys is None or any(packet.pts < key <= target for key in keys):
+                    if any(picture.pts < key <= target for key in keyframes(self.path, self.container, self.stream)):
                         self.container.seek(target, stream=self.stream)
-                        coming, before = self._packets(), None
-                        packet = next(coming, None)
-                        if packet is None or packet.pts > target or not self._begins(packet):
-                            keys = []  # an index that leads elsewhere is not asked again
+                        coming, before = self._pictures(), None
+                        picture = next(coming, None)
+                        if picture is None or picture.pts > target or not self._begins(picture):
+                            leads_elsewhere = True  # such an index is not asked again
                             self.container.seek(self.start, stream=self.stream)
-                            coming = self._packets()
+                            coming = self._pictures()
                             continue
-                    if keys is None:  # only now: Matroska's index lies at its end and is read at the first jump
-                        keys = [entry.timestamp for entry in self.stream.index_entries if entry.is_keyframe]
-            if begins or packets:
-                packets.append(packet)
-        if packets:
-            yield _Group(packets, before)
+            if begins or pictures:
+                pictures.append(picture)
+        if pictures:
+            yield _Group(pictures, before)
 
-    def _begins(self, packet: _Coded) -> bool:
-        """Whether decoding can begin at this packet and go on after it."""
-        if not packet.packet.is_keyframe or self.stream.codec_context.name != "h264":
-            return packet.packet.is_keyframe
+    def _begins(self, picture: _Picture) -> bool:
+        """Whether decoding can begin at this picture and go on after it."""
+        if not picture.packet.is_keyframe or self.stream.codec_context.name != "h264":
+            return bool(picture.packet.is_keyframe)
         header = self.stream.codec_context.extradata or b""
-        return INSTANT in _unit_types(bytes(packet.packet), 1 + (header[4] & 3) if header[:1] == b"\1" else None)
+        return INSTANT in _unit_types(bytes(picture.packet), 1 + (header[4] & 3) if header[:1] == b"\1" else None)
 
-    def _packets(self) -> Iterator[_Coded]:
+    def _pictures(self) -> Iterator[_Picture]:
         for packet in self.container.demux(self.stream):
             if packet.is_corrupt:
                 raise VideoError(self.path, "a damaged frame (truncated file?)")
             if packet.size:
                 if packet.pts is None:
                     raise VideoError(self.path, NO_CLOCK)
-                yield _Coded(packet.pts, packet)
+                yield _Picture(packet.pts, packet)
 
 
 def _unit_types(data: bytes, prefix: int | None) -> Iterator[int]:
@@ -247,25 +247,25 @@ def _unit_types(data: bytes, prefix: int | None) -> Iterator[int]:
         position += prefix + int.from_bytes(data[position : position + prefix], "big")
 
 
-def _muxed(stream: VideoStream, groups: list[_Group], chosen: list[_Coded]) -> tuple[np.ndarray, list[int]]:
-    """The kept packets as an mp4, and which of its frames each of the chosen is."""
+def _muxed(stream: VideoStream, groups: list[_Group], chosen: list[_Picture]) -> tuple[np.ndarray, list[int], int]:
+    """The kept pictures as an mp4, which of its frames each of the chosen is, and how many it holds."""
     coded = [
-        packet
+        picture
         for group in groups
-        for packet in group.packets[: group.kept]
-        if group.leads or packet.pts >= group.packets[0].pts
+        for picture in group.pictures[: group.kept]
+        if group.leads or picture.pts >= group.pictures[0].pts
     ]
     order = sorted(range(len(coded)), key=lambda index: (coded[index].pts, index))
     place = {id(coded[index]): rank for rank, index in enumerate(order)}
     # No picture may be displayed before it is decoded.
-    delay = max(index - place[id(packet)] for index, packet in enumerate(coded))
+    delay = max(index - place[id(picture)] for index, picture in enumerate(coded))
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4", options={"use_editlist": "0"}) as container:
         track = container.add_stream_from_template(stream, opaque=True)
         track.time_base = CLOCK
-        for index, packet in enumerate(coded):
-            copy = Packet(bytes(packet.packet))
-            copy.stream, copy.time_base, copy.is_keyframe = track, CLOCK, packet.packet.is_keyframe
-            copy.dts, copy.pts = index, place[id(packet)] + delay
+        for index, picture in enumerate(coded):
+            copy = Packet(bytes(picture.packet))
+            copy.stream, copy.time_base, copy.is_keyframe = track, CLOCK, picture.packet.is_keyframe
+            copy.dts, copy.pts = index, place[id(picture)] + delay
             container.mux(copy)
-    return np.frombuffer(buffer.getvalue(), np.uint8), [place[id(packet)] for packet in chosen]
+    return np.frombuffer(buffer.getvalue(), np.uint8), [place[id(picture)] for picture in chosen], len(coded)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, device
 
 
 @dataclass(frozen=True)
@@ -25,3 +25,7 @@ class Frames:
 
     def __len__(self) -> int:
         return int(self.seconds.shape[0])
+
+    def to(self, target: str | device) -> Frames:
+        """The same frames with their pixels on a device; the times stay in CPU memory."""
+        return replace(self, pixels=self.pixels.to(target))

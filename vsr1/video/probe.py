@@ -2,15 +2,22 @@
 
 `probe` and `decode` both go through `opened`, which checks the path, opens the container, finds the video stream and
 turns whatever FFmpeg raises meanwhile into one error that names the file and the reason.
+
+Some containers must be read through before they say how long they are (MPEG-TS) or where their key frames lie (Matroska):
+that is remembered for the last thousand files, until a file's size or time of change differs.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import av
 import av.error
@@ -21,20 +28,34 @@ from av.video.stream import VideoStream
 
 from vsr1.errors import VideoError
 
+Result = TypeVar("Result")
 MICROSECOND = 1e-6  # the unit of a container's duration
 MP4, MATROSKA, AVI = "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi"  # FFmpeg's names of formats
 NO_CLOCK = "its frames carry no presentation times; put the stream into an mp4 or mkv file"
 SMALL_AREA = 256 * 256  # pixels; below it starting decoder threads costs more than the decoding
+LISTS = {"concat", "dash", "ffmetadata", "hls", "imf", "lavfi", "rtsp", "sdp", "tedcaptions", "webm_dash_manifest"}
 WORTH_A_JUMP = 2.0  # seconds; over a shorter gap reading on beats emptying the decoder and starting at a key frame
 # Seconds by which a whole file may end before its header says: frames without a duration (Matroska) count as nothing.
 SHORTFALL = 0.25
+UNEVEN = 1e-3  # seconds (or one tick, if that is longer) by which a container's clock may make even intervals differ
+REMEMBERED = 1024  # files of which the timeline is kept; key frames of an hour of film are some 20 KB
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What reading all of a stream tells: how many `frames`, the `seconds` they cover, and whether their rate varies."""
+
+    frames: int
+    seconds: float
+    variable: bool
 
 
 @dataclass(frozen=True)
 class VideoInfo:
     """A video as it is displayed: `seconds` of duration, `frames` in the file, mean `fps`, `width` x `height` pixels.
 
-    `width` and `height` are those after `rotation` (degrees counter-clockwise, a multiple of 90).
+    `width` and `height` are those after `rotation` (degrees counter-clockwise, a multiple of 90). `variable`: some frames
+    are displayed longer than others (by more than a millisecond, the least that every container can say).
     """
 
     path: Path
@@ -45,6 +66,7 @@ class VideoInfo:
     height: int
     codec: str
     rotation: int
+    variable: bool
 
 
 @contextmanager
@@ -55,15 +77,17 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
         VideoError: the file is missing, a folder, empty, no video, or FFmpeg fails inside the block.
     """
     file = Path(path)
-    if file.is_dir():
-        raise VideoError(path, "is a folder, not a video file")
     try:
-        if file.stat().st_size == 0:
+        status = file.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise VideoError(path, "is a folder, not a video file")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer for ever
+            raise VideoError(path, "is not a regular file")
+        if status.st_size == 0:
             raise VideoError(path, "the file is empty")
-        # An absolute path is never read as a protocol ("a:b.mp4"); the white list keeps playlists off the network.
-        with av.open(
-            os.path.abspath(file), options={"protocol_whitelist": "file"}, metadata_errors="replace"
-        ) as container:
+        # An absolute path is never read as a protocol ("a:b.mp4").
+        options = {"protocol_whitelist": "file", "format_whitelist": _formats()}
+        with av.open(os.path.abspath(file), options=options, metadata_errors="replace") as container:
             # The cover picture of a music file is a video stream to FFmpeg, not to anybody else.
             moving = [item for item in container.streams.video if not item.disposition & Disposition.attached_pic]
             if not moving:
@@ -77,6 +101,12 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise VideoError(path, error.strerror or str(error)) from error
+
+
+@functools.cache
+def _formats() -> str:
+    """The formats that hold frames themselves. A list of other files may be named mp4, too, and name itself, or any file."""
+    return ",".join(sorted(av.formats_available - LISTS))
 
 
 def stamp(path: str | os.PathLike[str], frame: VideoFrame) -> int:
@@ -94,9 +124,10 @@ def tick_of(stream: VideoStream) -> float:
 def display_allowance(stream: VideoStream) -> float:
     """Seconds by which a frame may come after a wanted time and still be the one on display then.
 
-    Half a tick: containers round 2/3 s to their clock (0.667 s in Matroska), and that frame is on display at 2/3 s.
+    Half a tick: containers round 2/3 s to their clock (0.667 s in Matroska), and that frame is on display at 2/3 s. But no
+    more than half a millisecond, as clocks slower than that (AVI's) count frames and round nothing.
     """
-    return tick_of(stream) / 2 + 1e-9
+    return min(tick_of(stream), 1e-3) / 2 + 1e-9
 
 
 def check_whole(
@@ -124,23 +155,80 @@ def duration_of(path: str | os.PathLike[str], container: InputContainer, stream:
 
     Taken from the header of formats that have one; in the others FFmpeg only guesses, so their packets are read.
     """
+    if container.format.name == AVI and stream.frames:
+        # By the number of frames, one a tick: FFmpeg shortens the duration of a file that ends early as if it were whole.
+        return max(stream.frames, stream.duration or 0) * tick_of(stream)
     if container.format.name in (MP4, MATROSKA, AVI):
         if stream.duration:
             return stream.duration * tick_of(stream)
         if container.duration:
             return container.duration * MICROSECOND - max(0.0, (stream.start_time or 0) * tick_of(stream))
-    return scan(path)[1]
+    return scan(path).seconds
 
 
-def scan(path: str | os.PathLike[str]) -> tuple[int, float]:
-    """Read the whole stream without decoding it: how many frames it has, and how many seconds they cover."""
+def scan(path: str | os.PathLike[str]) -> Timeline:
+    """Read the whole stream without decoding it; what it tells is remembered."""
+    return _remembered(_scanned, path)
+
+
+def keyframes(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> tuple[int, ...]:
+    """Where, in ticks, a jump can land; empty for containers that give frames other times after one.
+
+    An mp4 lists its key frames at the front. Matroska's list lies at the end, or has to be made by reading; it is remembered.
+    """
+    if container.format.name == MATROSKA:
+        return _remembered(_matroska_keyframes, path)
+    return _key_entries(stream) if container.format.name == MP4 else ()
+
+
+def _remembered(read: Callable[[str, int, int], Result], path: str | os.PathLike[str]) -> Result:
+    """What `read` (cached) says of the file as it is now: by absolute path, size in bytes, and time of change."""
+    try:
+        status = os.stat(path)
+        return read(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+    except VideoError as error:
+        raise VideoError(path, error.reason) from error
+    except OSError as error:
+        raise VideoError(path, error.strerror or str(error)) from error
+
+
+@functools.lru_cache(REMEMBERED)
+def _scanned(path: str, size: int, changed: int) -> Timeline:
     with opened(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size]
-        starts = [packet.pts for packet in packets if packet.pts is not None]
-        ends = [packet.pts + (packet.duration or 0) for packet in packets if packet.pts is not None]
+        starts = sorted(packet.pts for packet in packets if packet.pts is not None)
         if not starts:
             raise VideoError(path, NO_CLOCK)
-        return len(packets), (max(ends) - min(starts)) * tick_of(stream)
+        end = max(packet.pts + (packet.duration or 0) for packet in packets if packet.pts is not None)
+        return Timeline(len(packets), (end - starts[0]) * tick_of(stream), _uneven(starts, stream))
+
+
+@functools.lru_cache(REMEMBERED)
+def _matroska_keyframes(path: str, size: int, changed: int) -> tuple[int, ...]:
+    with opened(path) as (container, stream):  # apart, as the jump to the end cannot be undone
+        if container.duration is None:
+            return ()
+        container.seek(int(container.duration * MICROSECOND / tick_of(stream)), stream=stream)
+        return _key_entries(stream)
+
+
+def _key_entries(stream: VideoStream) -> tuple[int, ...]:
+    return tuple(entry.timestamp for entry in stream.index_entries if entry.is_keyframe)
+
+
+def _uneven(ticks: list[int], stream: VideoStream) -> bool:
+    """Whether ascending times lie at intervals that differ by more than what rounding to the clock does."""
+    intervals = [later - earlier for earlier, later in pairwise(ticks)]
+    allowed = max(UNEVEN / tick_of(stream), 1)
+    return bool(intervals) and max(intervals) - min(intervals) > allowed
+
+
+def _varies(path: str | os.PathLike[str], stream: VideoStream) -> bool:
+    """Whether the frame rate is variable: by the index if it lists every frame (decoding times: the same intervals)."""
+    entries = list(stream.index_entries)
+    if stream.frames and len(entries) == stream.frames:
+        return _uneven(sorted(entry.timestamp for entry in entries), stream)
+    return scan(path).variable
 
 
 def probe(path: str | os.PathLike[str]) -> VideoInfo:
@@ -151,11 +239,14 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
     """
     with opened(path) as (container, stream):
         seconds = duration_of(path, container, stream)
-        frames = stream.frames or scan(path)[0]
+        frames = stream.frames or scan(path).frames
+        variable = _varies(path, stream)
         frame = next(container.decode(stream), None)
         if frame is None:
             raise VideoError(path, "no frame can be decoded")
         turns = quarter_turns(frame)
         width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
         fps = float(stream.average_rate) if stream.average_rate else frames / seconds
-        return VideoInfo(Path(path), seconds, frames, fps, width, height, stream.codec_context.name, 90 * turns)
+        return VideoInfo(
+            Path(path), seconds, frames, fps, width, height, stream.codec_context.name, 90 * turns, variable
+        )

@@ -30,6 +30,10 @@ class Sampling:
     span: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.times is not None:  # tuples, so that equal samplings have equal hashes
+            object.__setattr__(self, "times", tuple(float(time) for time in self.times))
+        if self.span is not None:
+            object.__setattr__(self, "span", tuple(self.span))
         kinds = (("times", self.times), ("fps", self.fps), ("count", self.count))
         given = [name for name, value in kinds if value is not None]
         if len(given) != 1:
@@ -58,7 +62,7 @@ class Sampling:
     def wanted(self, duration: float) -> list[float]:
         """The wanted times of a video of `duration` seconds, ascending; at least one."""
         if self.times is not None:
-            return [float(time) for time in self.times]
+            return list(self.times)
         start, end = self.span or (0.0, duration)
         length = max(0.0, min(end, duration) - start)
         number = self.count
