@@ -104,8 +104,10 @@ def test_what_nvdec_would_get_wrong_is_refused(write_numbered: Write) -> None:
     def reason(name: str, **options: object) -> str | None:
         return refuses(excerpt(write_numbered(name, [0, 40], **options), Sampling(count=1)))
 
+    # Of fewer frames than its lookahead x265 reorders with a delay it never set, and the muxer refuses such times.
+    plain = {"x265-params": "log-level=0:bframes=0"}
     assert "48 x 16" in reason("small.mp4")
-    assert "144 x 144" in reason("small.mkv", codec="libx265", side=128, **{"x265-params": "log-level=0"})
+    assert "144 x 144" in reason("small.mkv", codec="libx265", side=128, **plain)
     assert "even sizes" in reason("odd.webm", codec="libvpx-vp9", side=191)
     assert "yuv420p10le" in reason("deep.mp4", side=192, pixels="yuv420p10le")
     assert "takes h264, hevc, vp9; this is av1" in reason("a.mkv", codec="libsvtav1", side=192)
