@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 2  # spans for every multiprocessor; more cost more partial outputs than they hide latency
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 LEAST_SPAN = 128  # keys; below that writing and reading a partial output takes longer than the keys
 
 
@@ -187,7 +189,7 @@ def merge_kernel(
         b_out += tl.sum(b_weight[:, None] * b_part, axis=0)
     whole = tl.where(mass == 0.0, 1.0, mass)  # of a query that sees nothing; its top is 0, and so is its log-partition
     b_out = b_out / whole
-    log_partition = (top + tl.log2(whole)) * 0.6931471805599453
+    log_partition = (top + tl.log2(whole)) * LN2
     if owner is not None:
         n = tl.load(owner + i // queries)
         known = (n >= 0) & (n < prefixes)
@@ -250,7 +252,7 @@ def decode(
         part_kernel[(jobs,)](
             q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, parts, levels,
             group, R, prefixes, L, P, S, prefix_tiles, suffix_tiles, span, prefix_splits, suffix_splits,
-            scale * 1.4426950408889634, *k_prefix.stride()[:3], *v_prefix.stride()[:3], *k_suffix.stride()[:3],
+            scale * LOG2E.value, *k_prefix.stride()[:3], *v_prefix.stride()[:3], *k_suffix.stride()[:3],
             *v_suffix.stride()[:3], *mask_strides(prefix_mask), *mask_strides(suffix_mask),
             HEADS=heads, SHARE=share, D=D, PER_QUERY=per_query(suffix_mask), PREFIX_M=prefix_rows, SUFFIX_M=suffix_rows,
             **blocks,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
-from vsr1.kernels.prefix import attend, finished, mask_strides, per_query, visible
+from vsr1.kernels.prefix import LN2, LOG2E, attend, finished, mask_strides, per_query, visible
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 NUMBERS = ["group", "P", "S", "prefixes", "pm_set"]  # no length makes a new kernel
@@ -35,6 +35,17 @@ def prefix_of(r, owner, group, prefixes):
     return tl.where(known, n, 0), known
 
 
+@triton.jit
+def own_queries(L, HEADS: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """This program's row and key head, int64; the numbers of its tile's queries among the SHARE x L that read this head, and
+    which of them there are; their numbers among all queries."""
+    tiles = tl.cdiv(SHARE * L, BLOCK_M)
+    r = (tl.program_id(0) // (tiles * HEADS)).to(tl.int64)
+    head = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
+    o_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    return r, head, o_m, o_m < SHARE * L, (r * HEADS + head) * SHARE * L + o_m
+
+
 @triton.jit(do_not_specialize=NUMBERS)
 def forward_kernel(
     q, k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask, out, lse,
@@ -45,12 +56,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out (R, Hq, L, D) and lse (R, Hq, L); NaN for a row whose owner is no prefix. A program: a tile of a row and key head."""
-    tiles = tl.cdiv(SHARE * L, BLOCK_M)
-    r = (tl.program_id(0) // (tiles * HEADS)).to(tl.int64)
-    head = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
-    o_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < SHARE * L
-    o_out = (r * HEADS + head) * SHARE * L + o_m
+    r, head, o_m, m_m, o_out = own_queries(L, HEADS, SHARE, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_out = m_m[:, None] & (o_d < D)[None, :]
     b_q = tl.load(q + o_out[:, None] * D + o_d[None, :], mask=m_out, other=0.0)
@@ -62,15 +68,15 @@ def forward_kernel(
     b_out, b_peak, b_mass = attend(
         b_q, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.full((BLOCK_M,), float("-inf"), tl.float32),
         tl.zeros((BLOCK_M,), tl.float32), k_prefix + n * kp_set + head * kp_head, v_prefix + n * vp_set + head * vp_head,
-        prefix_mask, o_m % L, 0, P, scale * 1.4426950408889634, kp_key, vp_key, pm_query, D, False, BLOCK_N, BLOCK_D,
+        prefix_mask, o_m % L, 0, P, scale * LOG2E, kp_key, vp_key, pm_query, D, False, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     b_out, b_peak, b_mass = attend(
         b_q, b_out, b_peak, b_mass, k_suffix + r * ks_set + head * ks_head, v_suffix + r * vs_set + head * vs_head,
-        suffix_mask, o_m % L, 0, S, scale * 1.4426950408889634, ks_key, vs_key, sm_query,
+        suffix_mask, o_m % L, 0, S, scale * LOG2E, ks_key, vs_key, sm_query,
         D, PER_QUERY, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     b_out, b_level = finished(b_out, b_peak, b_mass)
-    b_level = tl.where(b_mass == 0.0, 0.0, b_level * 0.6931471805599453)
+    b_level = tl.where(b_mass == 0.0, 0.0, b_level * LN2)
     tl.store(lse + o_out, tl.where(known, b_level, float("nan")), mask=m_m)
     b_out = tl.where(known, b_out, float("nan"))
     tl.store(out + o_out[:, None] * D + o_d[None, :], b_out.to(out.dtype.element_ty), mask=m_out)
@@ -92,7 +98,7 @@ def differentiate(
         b_k = tl.load(p_k, mask=m_key[:, None] & m_d[None, :], other=0.0)
         p_v = values + o_key[None, :].to(tl.int64) * value_stride + o_d[:, None]
         b_v = tl.load(p_v, mask=m_key[None, :] & m_d[:, None], other=0.0)
-        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * 1.4426950408889634)
+        b_scores = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * (scale * LOG2E)
         seen = visible(mask, o_query[:, None], o_key[None, :], m_key[None, :], mask_query, PER_QUERY)
         b_weight = tl.exp2(tl.where(seen, b_scores - b_lse[:, None], float("-inf")))
         b_slope = b_weight * (tl.dot(b_upstream, b_v, input_precision="ieee") - b_delta[:, None])
@@ -110,12 +116,7 @@ def query_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """gradient (R, Hq, L, D) of q, and delta (R, Hq, L), the products of out and upstream; programs as those of forward."""
-    tiles = tl.cdiv(SHARE * L, BLOCK_M)
-    r = (tl.program_id(0) // (tiles * HEADS)).to(tl.int64)
-    head = (tl.program_id(0) // tiles % HEADS).to(tl.int64)
-    o_m = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < SHARE * L
-    o_out = (r * HEADS + head) * SHARE * L + o_m
+    r, head, o_m, m_m, o_out = own_queries(L, HEADS, SHARE, BLOCK_M)
     o_d = tl.arange(0, BLOCK_D)
     m_out = m_m[:, None] & (o_d < D)[None, :]
     o_tile = o_out[:, None] * D + o_d[None, :]
@@ -124,7 +125,7 @@ def query_gradient_kernel(
     b_out = tl.load(out + o_tile, mask=m_out, other=0.0)
     b_delta = tl.sum(b_upstream.to(tl.float32) * b_out.to(tl.float32), axis=1)
     tl.store(delta + o_out, b_delta, mask=m_m)
-    b_lse = tl.load(lse + o_out, mask=m_m, other=0.0) * 1.4426950408889634
+    b_lse = tl.load(lse + o_out, mask=m_m, other=0.0) * LOG2E
     n, _ = prefix_of(r, owner, group, prefixes)
     if prefix_mask is not None:
         prefix_mask += n * pm_set
@@ -181,9 +182,9 @@ def key_gradient_kernel(
             m_q = m_m[:, None] & m_d[None, :]
             b_q = tl.load(q + o_out[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
             b_upstream = tl.load(upstream + o_out[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
-            b_lse = tl.load(lse + o_out, mask=m_m, other=0.0) * 1.4426950408889634
+            b_lse = tl.load(lse + o_out, mask=m_m, other=0.0) * LOG2E
             b_delta = tl.load(delta + o_out, mask=m_m, other=0.0)
-            b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * (scale * 1.4426950408889634)
+            b_scores = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * (scale * LOG2E)
             met = m_key[:, None] & m_m[None, :]
             seen = visible(mask, (o_m % L)[None, :], o_key[:, None], met, mask_query, PER_QUERY)
             b_weight = tl.exp2(tl.where(seen, b_scores - b_lse[None, :], float("-inf")))
