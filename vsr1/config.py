@@ -183,7 +183,7 @@ _SHARES = (
 _NOT_BELOW_ZERO = (
     *("seed", "workers", "evaluation.queries", "evaluation.calibration", "vision.shape_weight", "embedder.backgrounds"),
     *("grpo.sigma", "grpo.beta", "grpo.latent_beta", "grpo.latent_weight", "grpo.contrast_weight", "grpo.clip_high"),
-    *("grpo.validate_every", "grpo.validation_queries", "grpo.lora_rank"),
+    *("grpo.distillation_weight", "grpo.validate_every", "grpo.validation_queries", "grpo.lora_rank"),
     *("sft.answer_weight", "sft.mark_weight", "sft.distillation_weight", "sft.contrast_weight"),
     *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay", "muon")),
 )

@@ -111,6 +111,11 @@ class GrpoTraining:
         }
     )
 
+    @property
+    def explores(self) -> bool:
+        """Whether soft tokens are drawn, and learn from what the draws were worth."""
+        return self.latent_weight > 0 and self.sigma > 0
+
     def turns_at(self, step: int) -> int:
         """The length of the loop at a step."""
         grown = step / (self.curriculum * self.optimisation.steps) if self.curriculum else 1.0
@@ -246,14 +251,13 @@ def pack(rolled: Rolled, policy: Policy, shelf: Shelf, settings: GrpoTraining) -
     """The replies that teach anything, those of a prompt behind one another, in packs of at most `pack_tokens` tokens (one
     reply may be longer)."""
     turn_advantages = iter(rolled.judged.turn_advantage.tolist())
-    explored = settings.latent_weight > 0 and settings.sigma > 0
     teaching: dict[tuple[str, str], list[Reply]] = {}
     text_advantages = iter(rolled.judged.text_advantage.tolist())
     for one in rolled.found:
         for place, turn in enumerate(one.turns):
             advantage = next(text_advantages)
             latent = next(turn_advantages) if turn.actions is not None else 0.0
-            reply = Reply(one, place, advantage, latent if explored else 0.0)
+            reply = Reply(one, place, advantage, latent if settings.explores else 0.0)
             contrasted = turn.actions is not None and settings.contrast_weight + settings.distillation_weight > 0
             if turn.token_ids and (advantage or reply.turn_advantage or contrasted):
                 teaching.setdefault((one.moment.query_id, turn.video_id), []).append(reply)
@@ -278,6 +282,13 @@ class Learning:
     shelf: Shelf
     settings: GrpoTraining
     meanings: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def refinement(self) -> bool:
+        """Whether soft tokens learn, apart from staying near the reference."""
+        settings = self.settings
+        distilled = settings.distillation_weight > 0 and bool(self.meanings)
+        return settings.explores or settings.contrast_weight > 0 or distilled
 
     @cached_property
     def power(self) -> Tensor:
@@ -344,7 +355,7 @@ def _loss(learning: Learning, one: Pack, totals: Totals) -> tuple[Tensor, dict[s
         )
         share = int(mask.sum()) / totals.tokens
         stats = {name: value if name == "loss" else share * value for name, value in found.items()}
-    if rows:
+    if rows and (anchor is not None or learning.refinement):
         latent, latent_stats = _soft_losses(learning, one, rows, last, state, anchor)
         share = len(rows) / totals.refined
         loss = loss + share * latent
@@ -386,7 +397,7 @@ def _soft_losses(
     soft, old = _replay(policy, last, state, [reply.turn for reply in replies], rows, settings.sigma)
     loss = soft.means.new_zeros(())
     stats: dict[str, float] = {}
-    if settings.latent_weight and settings.sigma:
+    if settings.explores:
         advantage = soft.means.new_tensor([reply.turn_advantage for reply in replies])
         latent, found = latent_loss(soft.means, soft.actions, old, advantage, settings.sigma, settings.clip_low)
         loss = loss + settings.latent_weight * latent
