@@ -64,25 +64,18 @@ def _add(arguments: Namespace) -> int:
             raise ConfigError(f"--{flag} must be at least {least}, got {getattr(arguments, name)}")
     from rich.console import Console
 
-    from vsr1 import config, ingest, job
+    from vsr1 import ingest, job
     from vsr1.engine import open_embedder
-    from vsr1.train.monitor import Monitor, Phase, clock
+    from vsr1.train.monitor import Phase, Terminal, clock
 
-    class Terminal(Monitor):
-        """Shows progress and keeps nothing: there is no run folder here."""
-
-        def __init__(self) -> None:
-            self.console = Console(stderr=True)
-
+    class Lines(Terminal):
         def say(self, text: str) -> None:
             self.console.print(text, highlight=False, markup=False, soft_wrap=True)  # one line in a log, however long
 
-    settings = config.preset("tiny")
-    settings.device = arguments.device
-    device = job.device_of(settings)
+    device = job.device_of(arguments.device)
     no_bars()
     embedder = open_embedder(arguments.run or arguments.embedder, run=arguments.run is not None).to(device)
-    terminal, phases = Terminal(), dict[str, Phase]()
+    terminal, phases = Lines(Console(stderr=True)), dict[str, Phase]()
     with ExitStack() as open_phase:
 
         def progress(name: str, done: int, total: int, note: str = "") -> None:

@@ -52,24 +52,24 @@ Module = TypeVar("Module", Embedder, Policy)
 def run(config: RunConfig) -> Path:
     """Run `config` to the end of its stage; returns the run folder. Errors a person can mend are `Vsr1Error`s."""
     configuration.check(config)
-    device_of(config)
+    device_of(config.device)
     claim(config)
     with _Disk(config.run), Monitor(config.run) as monitor:
         Job(config, monitor).run()
     return config.run
 
 
-def device_of(config: RunConfig) -> torch.device:
-    """Where the models of this run live; ConfigError for a device torch does not know or this machine does not have."""
-    if config.device == "auto":
+def device_of(name: str) -> torch.device:
+    """Where models live by the setting `device`; ConfigError for one torch does not know or this machine does not have."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"'device' must be auto, cpu, cuda or cuda:N, got '{config.device}'") from error
+        raise ConfigError(f"'device' must be auto, cpu, cuda or cuda:N, got '{name}'") from error
     count = torch.cuda.device_count()
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= count):
-        raise ConfigError(f"'device' is '{config.device}', and torch sees {count} CUDA devices here; use --device cpu")
+        raise ConfigError(f"'device' is '{name}', and torch sees {count} CUDA devices here; use --device cpu")
     return device
 
 
@@ -141,7 +141,7 @@ class Job:
         self.folder = config.run
         self.monitor = monitor
         self.workers = config.workers or os.cpu_count() or 1
-        self.device = device_of(config)
+        self.device = device_of(config.device)
         self._started = time.monotonic()
         self.keeper = Keeper(self.folder / "checkpoints", monitor, config.checkpoint_every)
         self._world: World | None = None

@@ -111,7 +111,7 @@ def test_an_index_that_leads_too_late_is_an_error(write_numbered: Write) -> None
 
     path = write_numbered("late.mkv", [5000, 5040, 5080])
     with opened(path) as (container, stream), pytest.raises(VideoError, match="its index leads to no frame"):
-        _jump(path, container, stream, start=0, target=4000)
+        _jump(path, container, stream, start=0, target=4000, shown=lambda begin, end: True)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -20,6 +20,7 @@ from vsr1.corpus import FileMark
 from vsr1.errors import VideoError
 from vsr1.ingest.listing import Failure
 from vsr1.ingest.plan import Video, changing, mark_of, still
+from vsr1.threads import in_order
 from vsr1.video import Frames, Loader, Sampling
 
 if TYPE_CHECKING:
@@ -169,16 +170,4 @@ class Batches:
 
     def _marked(self) -> Iterator[tuple[Video, FileMark | Failure]]:
         """Each video with its mark; files are read a little ahead, which also brings them into memory."""
-        pending: deque[tuple[Video, Future[FileMark | Failure]]] = deque()
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="vsr1-hash")
-        try:
-            for video in self._videos:
-                pending.append((video, pool.submit(mark_of, video)))
-                if len(pending) > self._workers:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return in_order(mark_of, self._videos, threads=self._workers, waiting=self._workers + 1, name="vsr1-hash")

@@ -76,7 +76,7 @@ def _compiled(
 
     rows = _no_rows(videos, height, width, patch, merge, temporal, mean, std, dtype)
     values = _normalise(torch.arange(256, dtype=torch.float32).repeat(3, 1), mean, std).to(dtype)
-    filters = [_needed(source, target) for source, target in zip(videos.shape[2:4], (height, width), strict=True)]
+    filters = _filters(videos, height, width)
     frames_to_patches(
         pixels=videos.data_ptr(),
         counts=videos.shape[:2],
@@ -111,18 +111,16 @@ def _triton(
     from vsr1.kernels.patches import frames_to_patches
 
     rows = _no_rows(videos, height, width, patch, merge, temporal, mean, std, dtype)
-    filters = [
-        _needed(source, target, videos.device)
-        for source, target in zip(videos.shape[2:4], (height, width), strict=True)
-    ]
+    filters = _filters(videos, height, width)
     scaled = [(torch.tensor(part) * 255.0).tolist() for part in (mean, std)]
     frames_to_patches(videos, *filters, height, width, patch, merge, temporal, *scaled, rows)
     return rows
 
 
-def _needed(source: int, target: int, device: torch.device | str = "cpu") -> Filter | None:
-    """The filter from `source` to `target` pixels, None where that is one and the same."""
-    return None if source == target else resize_filter(source, target, device)
+def _filters(videos: Tensor, height: int, width: int) -> list[Filter | None]:
+    """The filters down and across, where the videos lie; None for a side that keeps its length."""
+    sides = zip(videos.shape[2:4], (height, width), strict=True)
+    return [None if source == target else resize_filter(source, target, videos.device) for source, target in sides]
 
 
 def reference(

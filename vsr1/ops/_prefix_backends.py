@@ -8,7 +8,7 @@ part needs no more of the other than that and the common output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,9 +32,8 @@ attention = torch.ops.vsr1.shared_prefix_attention.default
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 MOST_COMPILED_QUERIES = 8  # of a row; behind that the suffix is worth the matrix products of torch's kernels
 WIDEST_COMPILED_HEAD = 256  # csrc/include/vsr1/prefix.h
-MOST_GPU_DECODED_QUERIES = (
-    16  # of a row; behind that its tiles of queries are enough for a GPU without splitting the keys
-)
+# Of a row; behind that its tiles of queries are enough for a GPU without splitting the keys.
+MOST_GPU_DECODED_QUERIES = 16
 WIDEST_GPU_HEAD = 256
 
 
@@ -279,59 +278,31 @@ def _visible_suffix(mask: Tensor | None, q: Tensor, keys: Tensor) -> Tensor | No
     return None if mask is None else _fold(mask[:, None].expand(*q.shape[:3], -1), keys)
 
 
-def _triton(
-    q: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    k_suffix: Tensor,
-    v_suffix: Tensor,
-    owner: Tensor | None,
-    prefix_mask: Tensor | None,
-    suffix_mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _triton(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """In Triton: few queries a row split their keys among programs (kernels/prefix.py), many do not need to."""
     from vsr1.kernels import prefix, prefix_training
 
     if not q.numel():
         return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
     compute = prefix.decode if q.shape[2] <= MOST_GPU_DECODED_QUERIES else prefix_training.forward
-    rest = (
-        part if part is None else _dense(part)
-        for part in (k_prefix, v_prefix, k_suffix, v_suffix, owner, prefix_mask, suffix_mask)
-    )
-    return compute(q.contiguous(), *rest, scale)
+    *others, scale = rest
+    return compute(q.contiguous(), *_dense(others), scale)
 
 
-def _triton_backward(
-    grad: Tensor,
-    q: Tensor,
-    k_prefix: Tensor,
-    v_prefix: Tensor,
-    k_suffix: Tensor,
-    v_suffix: Tensor,
-    owner: Tensor | None,
-    prefix_mask: Tensor | None,
-    suffix_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-) -> Gradients:
+def _triton_backward(grad: Tensor, q: Tensor, *rest: Any) -> Gradients:
     """In Triton (kernels/prefix_training.py), for any number of queries."""
     from vsr1.kernels import prefix_training
 
-    tensors = k_prefix, v_prefix, k_suffix, v_suffix
+    *others, out, lse, scale = rest
     if not q.numel():
-        of_q, kp, vp, ks, vs = (part.new_zeros(part.shape) for part in (q, *tensors))
+        of_q, kp, vp, ks, vs = (part.new_zeros(part.shape) for part in (q, *others[:4]))
         return of_q, kp, vp, ks, vs
     grad, q, out, lse = (part.contiguous() for part in (grad, q, out, lse))
-    rest = (part if part is None else _dense(part) for part in (*tensors, owner, prefix_mask, suffix_mask))
-    return prefix_training.backward(grad, q, *rest, out, lse, scale)
+    return prefix_training.backward(grad, q, *_dense(others), out, lse, scale)
 
 
-def _dense(part: Tensor) -> Tensor:
-    """With its last dimension dense, as the kernels read it."""
-    return part if part.stride(-1) == 1 else part.contiguous()
+def _dense(parts: Iterable[Tensor | None]) -> Iterator[Tensor | None]:
+    return (None if part is None else _prefix_flash.dense(part) for part in parts)
 
 
 def _cpu_refuses(*, device: torch.device, dtype: torch.dtype, **_: Any) -> str | None:

@@ -37,7 +37,7 @@ class _Side(NamedTuple):
     def calls(self, q: Tensor) -> Iterator[tuple[_Bundle, Tensor, Tensor, Tensor, Tensor | None]]:
         """Bundle, folded queries, keys, values and mask (n, 1, 1 or M, K) of every call to torch."""
         for bundle in self.bundles:
-            k, v = (_dense(_pick(part, bundle.sets)) for part in (self.k, self.v))
+            k, v = (dense(_pick(part, bundle.sets)) for part in (self.k, self.v))
             mask = None if self.mask is None else _pick(self.mask, bundle.sets)[:, None]
             if mask is not None and mask.shape[2] > 1:  # once for each query head that reads the key head
                 mask = mask.repeat(1, 1, q.shape[1] // k.shape[1], 1)
@@ -168,7 +168,7 @@ def _pick(part: Tensor, chosen: Tensor | None) -> Tensor:
     return part if chosen is None else part[chosen]
 
 
-def _dense(part: Tensor) -> Tensor:
+def dense(part: Tensor) -> Tensor:
     """With its last dimension dense, as torch's kernels read it."""
     return part if part.stride(-1) == 1 else part.contiguous()
 

@@ -28,34 +28,15 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
-class Monitor:
-    """Progress and log of one run. `folder` receives `log.jsonl` and `tensorboard/`."""
+class Terminal:
+    """Progress of what leaves no log."""
 
-    def __init__(self, folder: Path, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._log = (folder / "log.jsonl").open("a", buffering=1)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
-
-    def __enter__(self) -> Monitor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._log.close()
-        self._board.close()
+    def __init__(self, console: Console) -> None:
+        self.console = console
 
     def say(self, text: str) -> None:
         """One line for the reader."""
         self.console.print(text, highlight=False)
-
-    def record(self, stage: str, step: int, **values: float) -> None:
-        """Append one JSON line and the TensorBoard scalars of a step."""
-        line = {"time": time.time(), "stage": stage, "step": step, **values}
-        self._log.write(json.dumps(line) + "\n")
-        for key, value in values.items():
-            self._board.add_scalar(f"{stage}/{key}", value, step)
 
     @contextmanager
     def phase(self, name: str, total: int, start: int = 0) -> Iterator[Phase]:
@@ -80,10 +61,36 @@ class Monitor:
             yield Phase(self, name, total, start)
 
 
+class Monitor(Terminal):
+    """Progress and log of one run. `folder` receives `log.jsonl` and `tensorboard/`."""
+
+    def __init__(self, folder: Path, console: Console | None = None) -> None:
+        super().__init__(console or Console(stderr=False))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = (folder / "log.jsonl").open("a", buffering=1)
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.close()
+        self._board.close()
+
+    def record(self, stage: str, step: int, **values: float) -> None:
+        """Append one JSON line and the TensorBoard scalars of a step."""
+        line = {"time": time.time(), "stage": stage, "step": step, **values}
+        self._log.write(json.dumps(line) + "\n")
+        for key, value in values.items():
+            self._board.add_scalar(f"{stage}/{key}", value, step)
+
+
 class Phase:
     """The progress of one phase."""
 
-    def __init__(self, monitor: Monitor, name: str, total: int, start: int) -> None:
+    def __init__(self, monitor: Terminal, name: str, total: int, start: int) -> None:
         self.monitor, self.name, self.total, self.start = monitor, name, total, start
         self.bar: Progress | None = None
         self.task: int | None = None

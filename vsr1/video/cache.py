@@ -24,6 +24,7 @@ import av
 import numpy as np
 
 from vsr1.errors import VideoError
+from vsr1.video.probe import file_state
 from vsr1.video.pyav import Allocate, Pictures
 from vsr1.video.sampling import Sampling
 
@@ -40,11 +41,7 @@ def cache_key(path: str | os.PathLike[str], sampling: Sampling, size: tuple[int,
     Raises:
         VideoError: the file is missing.
     """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise VideoError(path, error.strerror or str(error)) from error
-    named = (FORMAT, av.__version__, os.path.abspath(path), status.st_size, status.st_mtime_ns, sampling, size)
+    named = (FORMAT, av.__version__, *file_state(path), sampling, size)
     return hashlib.sha256(repr(named).encode()).hexdigest()
 
 

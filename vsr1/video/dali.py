@@ -22,7 +22,7 @@ import numpy as np
 from vsr1.errors import BackendUnavailable, VideoError
 from vsr1.video.excerpt import Excerpt, excerpt
 from vsr1.video.frames import Frames
-from vsr1.video.probe import quarter_turns
+from vsr1.video.probe import quarter_turns, turned
 from vsr1.video.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class DaliDecoder:
             "frames": [np.array(cut.frames, np.int32) for cut in cuts],
         }
         if self.size is not None:
-            inputs["size"] = [np.array(_stored(self.size, cut), np.float32) for cut in cuts]
+            inputs["size"] = [np.array(turned(self.size, quarter_turns(cut.first)), np.float32) for cut in cuts]
         (videos,) = self._pipeline.run(**inputs)
         for cut, video in zip(cuts, videos, strict=True):
             pixels = torch.utils.dlpack.from_dlpack(video)
@@ -194,11 +194,6 @@ def decode_batch(
         cuts = list(executor.map(cut, paths))
     decoded = iter(decoder.decode([item for item in cuts if isinstance(item, Excerpt)]))
     return [next(decoded) if isinstance(item, Excerpt) else item for item in cuts]
-
-
-def _stored(size: tuple[int, int], cut: Excerpt) -> tuple[int, int]:
-    """The size before the turn of what is to have `size` after it."""
-    return size[::-1] if quarter_turns(cut.first) % 2 else size
 
 
 def _reason(error: RuntimeError) -> str:

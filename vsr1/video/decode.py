@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vsr1.errors import BackendUnavailable, VideoError
+from vsr1.threads import in_order
 from vsr1.video.frames import Frames
 from vsr1.video.pyav import Pictures, pictures
 from vsr1.video.sampling import Sampling
@@ -167,20 +166,5 @@ def decode_many(
         except VideoError as error:
             return error
 
-    def results() -> Iterator[tuple[Path, Frames | VideoError]]:
-        number = workers or os.cpu_count() or 1
-        pending: deque[tuple[Path, Future[Frames | VideoError]]] = deque()
-        executor = ThreadPoolExecutor(number, thread_name_prefix="vsr1-decode")
-        try:
-            for path in map(Path, paths):
-                pending.append((path, executor.submit(task, path)))
-                if len(pending) >= 2 * number:
-                    first, future = pending.popleft()
-                    yield first, future.result()
-            while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
-        finally:
-            executor.shutdown(cancel_futures=True)
-
-    return results()
+    number = workers or os.cpu_count() or 1
+    return in_order(task, map(Path, paths), threads=number, waiting=2 * number, name="vsr1-decode")

@@ -35,6 +35,7 @@ from vsr1.video.probe import (
     check_whole,
     display_allowance,
     duration_of,
+    first_frame,
     keyframes,
     opened,
     stamp,
@@ -116,7 +117,8 @@ def excerpt(path: str | os.PathLike[str], sampling: Sampling) -> Excerpt:
         codec = stream.codec_context.name
         if CODECS.get(codec) is None:
             raise BackendUnavailable(f"an excerpt carries {', '.join(CODECS)}, and video '{path}' is {codec}")
-        first = _first_frame(path)
+        with opened(path, threads=1) as others:  # apart: the packets are still to be read from the beginning
+            first = first_frame(path, *others)
         reader = _Reader(path, container, stream, stamp(path, first), sampling)
         reader.read()
         seconds = [reader.time(picture) for picture in reader.chosen]
@@ -124,14 +126,6 @@ def excerpt(path: str | os.PathLike[str], sampling: Sampling) -> Excerpt:
     frames = sorted(set(places))
     rows = [frames.index(place) for place in places]
     return Excerpt(Path(path), CODECS[codec], data, frames, rows, seconds, reader.duration, first, pictures)
-
-
-def _first_frame(path: str | os.PathLike[str]) -> VideoFrame:
-    with opened(path, threads=1) as (container, stream):
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise VideoError(path, "no frame can be decoded")
-        return frame
 
 
 class _Reader:

@@ -150,6 +150,28 @@ def quarter_turns(frame: VideoFrame) -> int:
     return round(frame.rotation / 90) % 4
 
 
+def turned(size: tuple[int, int], turns: int) -> tuple[int, int]:
+    """A size after so many quarter turns, which is also the one before them."""
+    return size[::-1] if turns % 2 else size
+
+
+def first_frame(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> VideoFrame:
+    """The next frame that can be decoded; VideoError where there is none."""
+    frame = next(container.decode(stream), None)
+    if frame is None:
+        raise VideoError(path, "no frame can be decoded")
+    return frame
+
+
+def file_state(path: str | os.PathLike[str]) -> tuple[str, int, int]:
+    """What names a file as it is now: absolute path, size in bytes, and time of change. VideoError where it is missing."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise VideoError(path, error.strerror or str(error)) from error
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
+
+
 def duration_of(path: str | os.PathLike[str], container: InputContainer, stream: VideoStream) -> float:
     """Seconds from the first displayed frame to the end of the last.
 
@@ -182,14 +204,11 @@ def keyframes(path: str | os.PathLike[str], container: InputContainer, stream: V
 
 
 def _remembered(read: Callable[[str, int, int], Result], path: str | os.PathLike[str]) -> Result:
-    """What `read` (cached) says of the file as it is now: by absolute path, size in bytes, and time of change."""
+    """What `read` (cached) says of the file as it is now; its errors name the path as it was given."""
     try:
-        status = os.stat(path)
-        return read(os.path.abspath(path), status.st_size, status.st_mtime_ns)
+        return read(*file_state(path))
     except VideoError as error:
         raise VideoError(path, error.reason) from error
-    except OSError as error:
-        raise VideoError(path, error.strerror or str(error)) from error
 
 
 @functools.lru_cache(REMEMBERED)
@@ -241,11 +260,9 @@ def probe(path: str | os.PathLike[str]) -> VideoInfo:
         seconds = duration_of(path, container, stream)
         frames = stream.frames or scan(path).frames
         variable = _varies(path, stream)
-        frame = next(container.decode(stream), None)
-        if frame is None:
-            raise VideoError(path, "no frame can be decoded")
+        frame = first_frame(path, container, stream)
         turns = quarter_turns(frame)
-        width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
+        width, height = turned((frame.width, frame.height), turns)
         fps = float(stream.average_rate) if stream.average_rate else frames / seconds
         return VideoInfo(
             Path(path), seconds, frames, fps, width, height, stream.codec_context.name, 90 * turns, variable

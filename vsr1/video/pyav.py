@@ -35,6 +35,7 @@ from vsr1.video.probe import (
     quarter_turns,
     stamp,
     tick_of,
+    turned,
 )
 from vsr1.video.sampling import Sampling
 
@@ -122,7 +123,7 @@ class _Upright:
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         if self._first is None:
             turns = quarter_turns(frame)
-            height, width = (frame.height, frame.width) if self._size is None else _before_turning(self._size, turns)
+            height, width = (frame.height, frame.width) if self._size is None else turned(self._size, turns)
             self._first = width, height, turns
         width, height, turns = self._first
         # threads=1: swscale's own pool costs more than converting a frame.
@@ -135,10 +136,6 @@ class _Upright:
             threads=1,
         )
         return np.rot90(converted.to_ndarray(), turns)
-
-
-def _before_turning(size: tuple[int, int], turns: int) -> tuple[int, int]:
-    return size[::-1] if turns % 2 else size
 
 
 def _walk(
@@ -190,7 +187,7 @@ def _jump(
     stream: VideoStream,
     start: int,
     target: int,
-    shown: Shown | None = None,
+    shown: Shown,
 ) -> Iterator[VideoFrame]:
     """Frames from a key frame that is displayed no later than `target` (ticks), or else from the `start`.
 
@@ -206,9 +203,9 @@ def _jump(
 
 
 def _frames(
-    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, shown: Shown | None
+    path: str | os.PathLike[str], container: InputContainer, stream: VideoStream, shown: Shown
 ) -> Iterator[VideoFrame]:
-    """Frames in presentation order, without those that are not `shown` (None: all are) and that no other is predicted from.
+    """Frames in presentation order, without those that are not `shown` and that no other is predicted from.
 
     Only H.264 says of each packet whether anything refers to it, and lets the decoder drop the others unread. Small
     frames are decoded faster than they are judged.
@@ -221,7 +218,7 @@ def _frames(
         if packet.is_corrupt:
             raise VideoError(path, "a damaged frame (truncated file?)")
         if skips:
-            wanted = shown is None or packet.pts is None or end is None or shown(packet.pts, end)
+            wanted = packet.pts is None or end is None or shown(packet.pts, end)
             codec.skip_frame = "DEFAULT" if wanted else "NONREF"
         yield from stream.decode(packet)
 
