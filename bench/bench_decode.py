@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -31,7 +30,7 @@ from vsr1.models.tiny import TinyConfig
 from vsr1.models.tokenizer import train_tokenizer
 from vsr1.train.optimizer import optimizers
 from vsr1.train.sft import SftTraining, build, say_loss, trainable
-from vsr1.video import Frames, decode, decode_many
+from vsr1.video import Frames, decode
 
 FILMS = {
     "240p h264": Film(240, 426, 60),
@@ -148,8 +147,6 @@ class Lesson:
         groups = trainable(self.policy, self.settings.head_learning_rate)
         self.optimizers = optimizers(self.policy, groups, lr=0.0, muon=2.0, weight_decay=0.0)
         self.steps: dict[str, int] = {}
-        self.pool = ThreadPoolExecutor(1)
-        self.ahead: dict[int, Future[list[Frames]]] = {}
         self.frames = dict(zip(self.paths, self._decode(self.paths), strict=True))
 
     def picked(self, index: int) -> list[int]:
@@ -157,9 +154,7 @@ class Lesson:
         return np.random.default_rng(index).choice(len(self.scenes), self.settings.batch, replace=False).tolist()
 
     def _decode(self, paths: Sequence[Path]) -> list[Frames]:
-        sampling = self.policy.videos.settings
-        found = decode_many(paths, fps=sampling.fps, max_frames=sampling.max_frames)
-        return [frames for _, frames in found if isinstance(frames, Frames)]
+        return [frames for _, frames in self.policy.videos.frames(paths) if isinstance(frames, Frames)]
 
     def cached(self, index: int) -> list[Frames]:
         return [self.frames[self.paths[one]] for one in self.picked(index)]
@@ -169,9 +164,9 @@ class Lesson:
 
     def decoded_ahead(self, index: int) -> list[Frames]:
         """They were decoded during the step before, and those of the next step will be during this one."""
-        waiting = self.ahead.pop(index, None) or self.pool.submit(self.decoded, index)
-        self.ahead[index + 1] = self.pool.submit(self.decoded, index + 1)
-        return waiting.result()
+        frames = self.decoded(index)
+        self.policy.videos.expect([self.paths[one] for one in self.picked(index + 1)])
+        return frames
 
     def step(self, read: Callable[[int], list[Frames]]) -> float:
         """The loss of the next step of this way to read, which sees the same videos as that of any other way. The learning
@@ -200,13 +195,12 @@ def test_decode_in_training(race: Callable[..., None], quick: bool, tmp_path: Pa
     expected = pytest.approx(lesson.step(lesson.cached), rel=1e-4)
     if lesson.step(lesson.decoded) != expected or lesson.step(lesson.decoded_ahead) != expected:
         raise AssertionError("a step on decoded videos comes to another loss than one on cached frames")
-    lesson.ahead.popitem()[1].result()  # nothing goes on beside what is timed first
+    lesson.policy.videos.expect([])  # nothing goes on beside what is timed first
     videos = lesson.settings.batch
-    costs = Costs()
     contenders = {
-        "vsr1": partial(costs.counted, "vsr1", partial(lesson.step, lesson.decoded_ahead), videos),
-        "own, not ahead": partial(costs.counted, "own, not ahead", partial(lesson.step, lesson.decoded), videos),
-        CACHED: partial(costs.counted, CACHED, partial(lesson.step, lesson.cached), videos),
+        "vsr1": partial(lesson.step, lesson.decoded_ahead),
+        "own, not ahead": partial(lesson.step, lesson.decoded),
+        CACHED: partial(lesson.step, lesson.cached),
     }
 
     def check(name: str, loss: float) -> None:
@@ -218,8 +212,5 @@ def test_decode_in_training(race: Callable[..., None], quick: bool, tmp_path: Pa
         contenders,
         check,
         bounds=[within(1.05, CACHED)],
-        counts={"CPU ms": costs.counts["CPU ms"]},
-        note="a 64 x 64 video takes some 3 ms of a core, half of it in opening the file and in Python, and 32 of them are "
-        "more than a twentieth of what both cores do in a step: only not decoding again (features kept, as training does) "
-        "hides that",
+        note="a 64 x 64 video takes some 3 ms of a core, and 32 of them a tenth of what both cores do in a step",
     )

@@ -14,6 +14,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import av
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 
 from bench.harness import Measurement
-from vsr1.video import Frames, decode, decode_many
+from vsr1.video import Frames, decode
 from vsr1.video.dali import DaliDecoder, decode_batch, missing
 from vsr1.video.sampling import Sampling
 
@@ -113,7 +115,8 @@ def measurements() -> Iterator[Measurement]:
             print(f"{name}: {path.stat().st_size / 2**20:.1f} MiB a file, {FILES} files, {cores} cores", flush=True)
 
             def by_cpu(paths: list[Path] = paths) -> list[object]:
-                return [frames for _, frames in decode_many(paths, count=WANTED)]
+                with ThreadPoolExecutor(cores) as pool:
+                    return list(pool.map(partial(decode, count=WANTED, threads=1), paths))
 
             def cutting(paths: list[Path] = paths) -> list[object]:
                 return decode_batch(paths, sampling, Nothing(), cores)

@@ -17,7 +17,6 @@ LONGEST = 500
 FLOORS = {
     "records": 0,
     "errors": 0,
-    "threads": 0,
     "kernels": 0,
     "ops": 1,
     "corpus": 2,

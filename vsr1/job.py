@@ -199,18 +199,21 @@ class Job:
             torch.manual_seed(self.config.seed)
             tokenizer = train_tokenizer(_texts())
             embedder = Embedder.tiny(tokenizer, self.config.model).to(self.device)
-            train_vision(embedder.videos, world, self.config.vision, self.config.seed, self.keeper, self.workers)
+            embedder.videos.workers = self.workers
+            train_vision(embedder.videos, world, self.config.vision, self.config.seed, self.keeper)
             train_embedder(embedder, world, self.config.embedder, self.config.seed, self.keeper)
             return embedder
 
-        return self._model("embedder", Embedder.from_pretrained, make)
+        embedder = self._model("embedder", Embedder.from_pretrained, make)
+        embedder.videos.workers = self.workers
+        return embedder
 
     def corpus(self, name: str, embedder: Embedder, video_ids: Sequence[str]) -> Shelf:
         """The corpus folder `name` of these videos, indexed at most once."""
         folder = self.folder / "corpus" / name
         paths = [self.world().video_path(video_id).absolute() for video_id in video_ids]
         with self.monitor.phase(f"index {name}", len(paths)) as phase:
-            features = embedder.videos.encode_all(paths, workers=self.workers, progress=phase.update)
+            features = embedder.videos.encode_all(paths, progress=phase.update)
         if not folder.is_dir():
             aside = folder.with_name(f".{name}.tmp")
             shutil.rmtree(aside, ignore_errors=True)

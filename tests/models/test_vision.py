@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import time
 from pathlib import Path
 
 import pytest
@@ -60,13 +62,13 @@ def test_the_text_of_a_video_shows_its_times(tokenizer, videos, frames):
 
 
 def test_times_stay_true_in_a_long_video(tokenizer, videos, tmp_path):
-    """100 seconds at 2 frames a second, of which max_frames = 16 are seen: at 0, 6.25, 12.5, .. seconds."""
-    pixels = torch.randint(0, 256, (200, 32, 32, 3), dtype=torch.uint8)
+    """300 seconds at 2 frames a second, of which max_frames = 16 are seen: at 0, 18.75, 37.5, .. seconds."""
+    pixels = torch.randint(0, 256, (600, 32, 32, 3), dtype=torch.uint8)
     (found,) = videos.encode([encode(tmp_path / "long.mp4", pixels, fps=2.0)])
-    displayed = [int(2 * 6.25 * number) / 2 for number in range(16)]  # a frame every half second
+    displayed = [int(2 * 18.75 * number) / 2 for number in range(16)]  # a frame every half second
     expected = [(one + other) / 2 for one, other in zip(displayed[::2], displayed[1::2], strict=True)]
-    assert found.duration == pytest.approx(100.0)
-    assert found.seconds == pytest.approx(expected, abs=1e-3) and found.seconds[-1] > 64
+    assert found.duration == pytest.approx(300.0)
+    assert found.seconds == pytest.approx(expected, abs=1e-3) and found.seconds[-1] > 270
     text = tokenizer.decode(video_token_ids(tokenizer, found))
     for second in found.seconds:
         assert f"<{second:.1f} seconds>" in text
@@ -134,6 +136,59 @@ def test_a_broken_file_stands_in_its_place(videos, files, tmp_path, place):
     assert reports == [(1, 3), (2, 3), (3, 3)]
     encode(broken, torch.zeros(8, 64, 64, 3, dtype=torch.uint8), fps=4.0)
     assert isinstance(videos.encode([broken])[0], VideoFeatures)  # a failure is not remembered
+
+
+def decoded(videos: VideoEncoder) -> int:
+    return sum(loader.report.decoded for loader in videos._loaders.values())
+
+
+def test_what_is_expected_is_decoded_before_it_is_asked_for(embedder, files):
+    first = embedder.videos.encode(files[:3])
+    videos = VideoEncoder(embedder.model.visual, embedder.videos.settings, isolation="thread")
+    videos.expect([files[2], files[0], files[2]])
+    deadline = time.monotonic() + 60
+    while decoded(videos) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert decoded(videos) == 2
+    found = videos.encode(files[:3])  # one of them comes as a surprise
+    assert decoded(videos) == 3
+    assert all(same(one, other) for one, other in zip(found, first, strict=True))
+    videos.expect(files[:3])  # all are at hand
+    assert decoded(videos) == 3 and videos._coming is None
+
+
+def test_expectations_wait_until_they_are_asked_for(embedder, files):
+    videos = VideoEncoder(embedder.model.visual, embedder.videos.settings, isolation="thread")
+    videos.expect(files[:2])
+    videos.encode(files[2:3])
+    assert videos._coming is not None
+    assert same(videos.encode(files[1:2])[0], embedder.videos.encode(files[1:2])[0])  # and the other one is lost
+    assert videos._coming is None and decoded(videos) <= 3
+    assert same(videos.encode(files[:1])[0], embedder.videos.encode(files[:1])[0])
+    videos.forget()
+    for expected in (files[:2], files[2:3]):  # another expectation takes the place of the first
+        videos.expect(expected)
+    assert same(videos.encode(files[2:3])[0], embedder.videos.encode(files[2:3])[0])
+
+
+def test_a_copy_decodes_for_itself(embedder, files):
+    videos = VideoEncoder(embedder.model.visual, embedder.videos.settings, isolation="thread")
+    videos.expect(files[:1])
+    twin = copy.deepcopy(videos)
+    assert same(twin.encode(files[:1])[0], videos.encode(files[:1])[0])
+    assert (decoded(twin), decoded(videos)) == (1, 1)
+
+
+def test_frames_that_are_encoded_together_are_bounded_in_bytes(embedder, files, monkeypatch):
+    videos = VideoEncoder(embedder.model.visual, embedder.videos.settings, isolation="thread")
+    together = []
+    whole = videos.encode_frames
+    monkeypatch.setattr(videos, "encode_frames", lambda group: together.append(len(group)) or whole(group))
+    videos.encode(files[:4])
+    videos.forget()
+    monkeypatch.setattr("vsr1.models.vision.GROUP_BYTES", 1)
+    videos.encode(files[:4])
+    assert together == [4, 1, 1, 1, 1]
 
 
 def test_a_blank_video_keeps_everything_but_its_content(videos, files):

@@ -116,7 +116,7 @@ def plain_loss(
     said = iter(rolled.judged.text_advantage)
     for one in rolled.found:
         for turn in one.turns:
-            video = shelf.features(turn.video_id)
+            (video,) = shelf.features([turn.video_id])
             prompt = protocol.prompt(policy.tokenizer, one.moment.text, video, system=policy.settings.system)
             row = Row((*prompt.token_ids, *turn.token_ids), video)
             now.append(logps(policy, row, turn.token_ids))

@@ -247,7 +247,7 @@ def examples(
 
 def shown_video(example: Example, shelf: Shelf) -> str:
     assert example.row.video is not None
-    return next(name for name in shelf.video_ids if shelf.features(name) is example.row.video)
+    return next(name for name in shelf.video_ids if shelf.features([name])[0] is example.row.video)
 
 
 @pytest.mark.parametrize("confusions", [1, 4, 500], ids=["nearest", "few", "more than there are"])
@@ -266,6 +266,20 @@ def test_a_confusion_is_never_the_right_video(
             assert one.matched == fits
             if drawer.has_one_answer(one):
                 assert one.matched == (name == one.video_id)
+
+
+def test_an_expected_step_is_the_same_step(
+    tiny_policy: Policy, tiny_embedder: Embedder, world: World, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expecting, _ = examples(tiny_policy, tiny_embedder, world, shelf)
+    surprised, _ = examples(tiny_policy, tiny_embedder, world, shelf)
+    announced: list[list[str]] = []
+    monkeypatch.setattr(shelf, "expect", lambda video_ids: announced.append(list(video_ids)))
+    expecting.expect(3)
+    monkeypatch.setattr(expecting, "ask", None)  # the questions are known by now
+    drawn, others = expecting.draw(3), surprised.draw(3)
+    assert [one.row.token_ids for one in drawn] == [other.row.token_ids for other in others]
+    assert announced == [[shown_video(one, shelf) for one in drawn]]
 
 
 def test_the_rows_of_a_step_depend_on_the_step_alone(

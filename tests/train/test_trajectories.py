@@ -157,7 +157,9 @@ def test_grpo_without_any_refinement() -> None:
 @torch.no_grad()
 def spoken(policy: Policy, shelf: Shelf, moment: Moment, video_id: str, reply: Reply, sigma: float, seed: int) -> Turn:
     """The turn in which `policy` says `reply`, as the loop would have recorded it."""
-    prompt = protocol.prompt(policy.tokenizer, moment.text, shelf.features(video_id), system=policy.settings.system)
+    prompt = protocol.prompt(
+        policy.tokenizer, moment.text, shelf.features([video_id])[0], system=policy.settings.system
+    )
     ids = tuple(policy.tokenizer(protocol.render(reply), add_special_tokens=False)["input_ids"])
     hidden, state = backbone.run(policy.model.model, [Row((*prompt.token_ids, *ids), prompt.video)], keep_cache=True)
     assert state is not None

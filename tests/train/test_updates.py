@@ -147,7 +147,7 @@ def test_another_speaker_is_told_of_every_update(trained: Any, settings: Any, mo
 
 
 def logits(policy: Policy, shelf: Shelf) -> torch.Tensor:
-    row = grpo.protocol.prompt(policy.tokenizer, "a red circle", shelf.features(shelf.video_ids[0]))
+    row = grpo.protocol.prompt(policy.tokenizer, "a red circle", shelf.features(shelf.video_ids[:1])[0])
     with torch.no_grad():
         return policy.logits(backbone.run(policy.model.model, [row])[0])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from vsr1.errors import VideoError
-from vsr1.video import Frames, decode, decode_many, encode, probe
+from vsr1.video import decode, probe
 
 Write = Callable[..., Path]
 Read = Callable[[torch.Tensor], list[int]]
@@ -202,8 +201,6 @@ def test_rotation_swaps_width_and_height(tmp_path: Path) -> None:
 def test_bad_arguments(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must|exactly|asked"):
         decode("never-read.mp4", **arguments)
-    with pytest.raises(ValueError, match=r"must|exactly|asked"):
-        decode_many(["never-read.mp4"], **arguments)
 
 
 def clip(name: str) -> Path:
@@ -245,34 +242,3 @@ def test_threads_do_not_change_pixels() -> None:
     one = decode(clip("bikes"), times=[0.0, 0.5, 1.0], threads=1)
     four = decode(clip("bikes"), times=[0.0, 0.5, 1.0], threads=4)
     assert torch.equal(one.pixels, four.pixels)
-
-
-def test_decode_many_keeps_order_and_hands_errors_back(tmp_path: Path) -> None:
-    paths = []
-    for index in range(12):
-        paths.append(tmp_path / f"{index}.mp4")
-        encode(paths[-1], np.full((4, 32, 32, 3), 20 * index, np.uint8), 2)
-    paths[5].write_text("no video")
-    results = list(decode_many(iter(paths), workers=3, fps=1))
-    assert [path for path, _ in results] == paths
-    assert isinstance(results[5][1], VideoError)
-    for index, (_, frames) in enumerate(results):
-        if index != 5:
-            assert isinstance(frames, Frames)
-            assert float(frames.pixels.float().mean()) == pytest.approx(20 * index, abs=3)
-
-
-def test_decode_many_reads_ahead_only_so_far_and_leaves_no_thread(tmp_path: Path) -> None:
-    encode(tmp_path / "a.mp4", np.zeros((2, 32, 32, 3), np.uint8), 2)
-    taken = []
-
-    def paths() -> object:
-        for index in range(1000):
-            taken.append(index)
-            yield tmp_path / "a.mp4"
-
-    results = decode_many(paths(), workers=2, count=1)
-    next(results)
-    assert len(taken) <= 4
-    results.close()
-    assert not any(thread.name.startswith("vsr1-decode") for thread in threading.enumerate())

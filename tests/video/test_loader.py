@@ -90,6 +90,45 @@ def test_what_there_is_no_room_to_keep_is_decoded_again(tmp_path: Path, load: Op
     assert [value(sample.frames) for sample in loader.load(rows)] == [1, 2, 3, 1, 2, 1]
 
 
+def test_decoding_begins_before_anything_is_asked_for(tmp_path: Path, load: Open) -> None:
+    samples = load().load([tmp_path / "1", tmp_path / "2"])
+    deadline = time.monotonic() + 60
+    while len(log(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert {name for _, name in log(tmp_path)} == {"1", "2"}
+    assert [value(sample.frames) for sample in samples] == [1, 2]
+
+
+def test_a_load_ends_with_what_holds_it(tmp_path: Path, load: Open) -> None:
+    loader = load(seconds=600.0)
+    loader.load([tmp_path / "hang-1"])  # which nobody keeps
+    assert [value(sample.frames) for sample in loader.load([tmp_path / "2"])] == [2]
+    with pytest.raises(ZeroDivisionError):
+        loader.load(tmp_path / str(1 // number) for number in (1, 0))
+    assert [value(sample.frames) for sample in loader.load([tmp_path / "3"])] == [3]
+
+
+def test_there_are_no_more_threads_and_processes_than_files(tmp_path: Path, load: Open) -> None:
+    loader = load(workers=4)
+    for number in range(4):
+        samples = loader.load([tmp_path / str(number)])
+        assert sum(thread.name.startswith("vsr1-load") for thread in threading.enumerate()) == 1
+        assert [value(sample.frames) for sample in samples] == [number]
+    assert sum(worker.started for worker in loader.workers) == 1
+
+
+@pytest.mark.parametrize("failures", ["raise", "skip"])
+def test_results_stand_in_their_places(tmp_path: Path, load: Open, isolation: str, failures: str) -> None:
+    paths = [tmp_path / name for name in ("slow-0", "broken-1", "2", "broken-1", "4")]
+    loader = load(isolation=isolation, failures=failures)
+    results = list(loader.results(paths))
+    assert [path for path, _ in results] == paths
+    assert [value(found) if isinstance(found, Frames) else found.reason for _, found in results] == [
+        *(0, "is broken", 2, "is broken", 4)
+    ]
+    assert [failure.row for failure in loader.report.failures] == [1, 3] and loader.report.given == 3
+
+
 @pytest.mark.parametrize("room", [1, BYTES, 3 * BYTES])
 def test_what_waits_is_bounded_in_bytes(tmp_path: Path, load: Open, isolation: str, room: int) -> None:
     loader = load(workers=4, queue_bytes=room, isolation=isolation)

@@ -18,7 +18,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Path, bool]
     files = write(tmp_path_factory.mktemp("broken"))
     logging.disable(logging.WARNING)  # one line a file
     try:
-        with Loader(Sampling(fps=2), workers=2, seconds=20.0, memory=512 << 20, failures="skip") as loader:
+        with Loader(Sampling(fps=2), workers=2, seconds=5.0, memory=512 << 20, failures="skip") as loader:
             fine = {sample.frames.source for sample in loader.load(files)}
             started = sum(worker.started for worker in loader.workers)
     finally:

@@ -20,7 +20,6 @@ from vsr1.corpus import FileMark
 from vsr1.errors import VideoError
 from vsr1.ingest.listing import Failure
 from vsr1.ingest.plan import Video, changing, mark_of, still
-from vsr1.threads import in_order
 from vsr1.video import Frames, Loader, Sampling
 
 if TYPE_CHECKING:
@@ -36,27 +35,8 @@ def decoded(paths: Iterable[Path], settings: VideoSettings, workers: int) -> Ite
 
     `paths` is read as far ahead as decoding needs. Whatever decodes videos for an ingestion is called here and nowhere else.
     """
-    given: deque[Path] = deque()
-    passed = 0
-
-    def rows() -> Iterator[Path]:
-        for path in paths:
-            given.append(path)
-            yield path
-
-    with Loader(Sampling(fps=settings.fps, max_frames=settings.max_frames), workers=workers, failures="skip") as loader:
-        for sample in loader.load(rows()):
-            yield from _failed(loader, given, sample.row - passed)
-            passed = sample.row + 1
-            yield given.popleft(), sample.frames
-        yield from _failed(loader, given, len(given))
-
-
-def _failed(loader: Loader, given: deque[Path], count: int) -> Iterator[tuple[Path, VideoError]]:
-    """The next `count` paths, which the loader has left out."""
-    failures = loader.report.failures
-    for failure in failures[len(failures) - count :]:
-        yield given.popleft(), VideoError(failure.path, failure.reason)
+    with Loader(Sampling(fps=settings.fps, max_frames=settings.max_frames), workers=workers) as loader:
+        yield from loader.results(paths)
 
 
 @dataclass(frozen=True)
@@ -170,4 +150,16 @@ class Batches:
 
     def _marked(self) -> Iterator[tuple[Video, FileMark | Failure]]:
         """Each video with its mark; files are read a little ahead, which also brings them into memory."""
-        return in_order(mark_of, self._videos, threads=self._workers, waiting=self._workers + 1, name="vsr1-hash")
+        pending: deque[tuple[Video, Future[FileMark | Failure]]] = deque()
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="vsr1-hash")
+        try:
+            for video in self._videos:
+                pending.append((video, pool.submit(mark_of, video)))
+                if len(pending) > self._workers:
+                    first, future = pending.popleft()
+                    yield first, future.result()
+            while pending:
+                first, future = pending.popleft()
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -2,14 +2,16 @@
 
 A `VideoEncoder` owns the frozen tower and the sampling settings. It answers with `VideoFeatures`, the tower's output for
 one video plus the true time of every frame pair, and keeps them in memory within a byte budget, because a video is shown
-to the policy many times and the tower does not change.
+to the policy many times and the tower does not change. Videos are decoded by a `Loader` while the tower works on the ones
+before them; who knows early which ones come next says so (`expect`), and they are decoded beside whatever else is done.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -23,7 +25,9 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import apply_rotary_pos_emb_
 from vsr1.errors import VideoError
 from vsr1.models.tokenizer import VIDEO_PAD, VISION_END, VISION_START
 from vsr1.ops.patches import frames_to_patches, smart_size
-from vsr1.video import Frames, decode_many
+from vsr1.video import Frames, Loader, Loading, Sampling
+
+GROUP_BYTES = 512 << 20  # of frames encoded together, unless one video has more
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,28 @@ class VideoEncoder:
     """Encodes video files with a frozen vision tower.
 
     Results are kept in memory by path and by how the video is sampled (frames, resolution), up to `cache_bytes`, the least
-    recently used leaving first; `hits` and `misses` count what was asked for.
+    recently used leaving first; `hits` and `misses` count what was asked for. `workers` (0: one per core) and `isolation`
+    are those of the `Loader`, and count from the first file on.
     """
 
-    def __init__(self, visual: Any, settings: VideoSettings, *, cache_bytes: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        visual: Any,
+        settings: VideoSettings,
+        *,
+        cache_bytes: int = 1 << 30,
+        workers: int = 0,
+        isolation: str = "process",
+    ) -> None:
         self.visual = visual  # a Qwen3VLVisionModel
         self.settings = settings
         self.cache_bytes = cache_bytes
         self.hits = self.misses = 0
+        self.workers, self.isolation = workers, isolation
         self._cache: OrderedDict[tuple[str, VideoSettings], VideoFeatures] = OrderedDict()
         self._cached_bytes = 0
+        self._loaders: dict[str, Loader] = {}
+        self._coming: tuple[list[str], Loading[tuple[Path, Frames | VideoError]]] | None = None
         attend_equal_frames_at_once(visual)
 
     @property
@@ -139,7 +155,6 @@ class VideoEncoder:
         paths: Sequence[Path],
         *,
         batch: int = 32,
-        workers: int = 2,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[VideoFeatures | VideoError]:
         """Features of each path, in order; a file that cannot be decoded gives its `VideoError` in place."""
@@ -153,25 +168,53 @@ class VideoEncoder:
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         waiting: list[tuple[str, Frames]] = []
-        decoded = decode_many(
-            [Path(key) for key in missing],
-            workers=workers,
-            fps=self.settings.fps,
-            max_frames=self.settings.max_frames,
-        )
-        for count, (path, frames) in enumerate(decoded, 1):
+        held = 0
+        for count, (path, frames) in enumerate(self._decoded(missing), 1):
             if isinstance(frames, VideoError):
                 results[str(path)] = frames
             else:
                 waiting.append((str(path), frames))
-            if len(waiting) == batch or (waiting and count == len(missing)):
+                held += frames.pixels.numel()
+            if len(waiting) == batch or held >= GROUP_BYTES or (waiting and count == len(missing)):
                 for (key, _), features in zip(waiting, self.encode_frames([f for _, f in waiting]), strict=True):
                     results[key] = features
                     self._remember(key, features)
                 waiting.clear()
+                held = 0
             if progress is not None:
                 progress(count, len(missing))
         return [results[key] for key in keys]
+
+    def expect(self, paths: Sequence[Path]) -> None:
+        """Begin to decode what a later `encode` will ask for, beside whatever is done until then; it asks for all of these, or
+        what it leaves is lost. What was expected before and never asked for is given up."""
+        if self._coming is not None:
+            self._coming[1].close()
+        keys = [key for key in dict.fromkeys(map(str, paths)) if (key, self.settings) not in self._cache]
+        self._coming = (keys, self._load("expected", keys)) if keys else None
+
+    def frames(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Frames | VideoError]]:
+        """The frames that the tower would be given, decoded ahead; nothing is remembered."""
+        return self._decoded([str(path) for path in paths])
+
+    def _decoded(self, keys: Sequence[str]) -> Iterator[tuple[Path, Frames | VideoError]]:
+        """Frames of each file, first those that were expected."""
+        if self._coming is None or not set(keys) & set(self._coming[0]):
+            return self._load("asked", keys)
+        (expected, coming), self._coming = self._coming, None
+        wanted = set(keys)
+        rest = self._load("asked", [key for key in keys if key not in set(expected)])
+        return chain((found for found in coming if str(found[0]) in wanted), rest)
+
+    def _load(self, name: str, keys: Sequence[str]) -> Loading[tuple[Path, Frames | VideoError]]:
+        sampling = Sampling(fps=self.settings.fps, max_frames=self.settings.max_frames)
+        if name not in self._loaders:
+            self._loaders[name] = Loader(sampling, workers=self.workers, isolation=self.isolation)
+        return self._loaders[name].results([(key, sampling) for key in keys])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies decode for themselves."""
+        return {**vars(self), "_loaders": {}, "_coming": None}
 
     def encode_all(self, paths: Sequence[Path], **options: Any) -> list[VideoFeatures]:
         """As `encode` (same options), but a file that cannot be decoded raises its `VideoError`."""

@@ -262,8 +262,9 @@ def pack(rolled: Rolled, policy: Policy, shelf: Shelf, settings: GrpoTraining) -
             if turn.token_ids and (advantage or reply.turn_advantage or contrasted):
                 teaching.setdefault((one.moment.query_id, turn.video_id), []).append(reply)
     packs: list[Pack] = []
-    for key, replies in teaching.items():
-        text, video = replies[0].one.moment.text, shelf.features(key[1])
+    videos = shelf.features([video_id for _, video_id in teaching])
+    for (key, replies), video in zip(teaching.items(), videos, strict=True):
+        text = replies[0].one.moment.text
         prompt = protocol.prompt(policy.tokenizer, text, video, system=policy.settings.system)
         for reply in replies:
             if not packs or packs[-1].tokens_with(key, prompt, reply) > settings.pack_tokens:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vsr1.corpus import Corpus
@@ -36,6 +37,10 @@ class Shelf:
             raise ValueError("this query has no known video")
         return self._rows[video_id]
 
-    def features(self, video_id: str) -> VideoFeatures:
-        """The vision features of one video; raises VideoError for a file that cannot be read."""
-        return self._videos.encode_all([self.path(video_id)])[0]
+    def features(self, video_ids: Sequence[str]) -> list[VideoFeatures]:
+        """The vision features of each video; raises VideoError for a file that cannot be read."""
+        return self._videos.encode_all([self.path(video_id) for video_id in video_ids])
+
+    def expect(self, video_ids: Sequence[str]) -> None:
+        """These videos' features will be asked for next: decode meanwhile what is not at hand."""
+        self._videos.expect([self.path(video_id) for video_id in video_ids])

@@ -105,6 +105,15 @@ def reply_tokens(policy: Policy, text: str, settings: SftTraining) -> tuple[tupl
     return tuple(ids), tuple(weights)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """What the rows of a step ask, the matched ones first: the event (a scene and its number), the words, the video shown."""
+
+    asked: list[tuple[Scene, int]]
+    texts: list[str]
+    shown: list[str]
+
+
 class Examples:
     """Draws the rows of a step from all training videos."""
 
@@ -119,6 +128,7 @@ class Examples:
         for scene, number in self.events:
             answers.setdefault(_key(scene.attributes(number)), set()).add(scene.video_id)
         self._answers = {key: len(found) for key, found in answers.items()}
+        self._expected: dict[int, Questions] = {}
 
     def has_one_answer(self, example: Example) -> bool:
         """Whether only one training video shows what the example asks for."""
@@ -126,6 +136,22 @@ class Examples:
 
     def draw(self, index: int) -> list[Example]:
         """The rows of step `index`, the matched ones first."""
+        questions = self._expected.pop(index, None) or self.ask(index)
+        videos = self.shelf.features(questions.shown)
+        return [
+            build(self.policy, text, one.attributes(number), one.video_id, self.scenes[shown], video, self.settings)
+            for (one, number), text, shown, video in zip(
+                questions.asked, questions.texts, questions.shown, videos, strict=True
+            )
+        ]
+
+    def expect(self, index: int) -> None:
+        """Step `index` is the next one: have its videos decoded meanwhile."""
+        self._expected[index] = self.ask(index)
+        self.shelf.expect(self._expected[index].shown)
+
+    def ask(self, index: int) -> Questions:
+        """The questions of step `index`."""
         settings, names = self.settings, self.shelf.video_ids
         rng, words = np.random.default_rng((self.seed, 3, index)), Random(f"{self.seed} sft {index}")
         pick = rng.choice(len(self.events), min(settings.batch, len(self.events)), replace=False)
@@ -141,18 +167,7 @@ class Examples:
         ).ids.tolist()
         depths = rng.exponential(settings.confusions / 4, len(nearest))
         shown += [names[near[min(int(depth), len(near) - 1)]] for near, depth in zip(nearest, depths, strict=True)]
-        return [
-            build(
-                self.policy,
-                text,
-                scene.attributes(number),
-                scene.video_id,
-                self.scenes[video_id],
-                self.shelf.features(video_id),
-                settings,
-            )
-            for (scene, number), text, video_id in zip(asked, texts, shown, strict=True)
-        ]
+        return Questions(asked, texts, shown)
 
 
 def _key(attributes: dict[str, str]) -> tuple[str, ...]:
@@ -169,6 +184,8 @@ def train_sft(
 
     def step(index: int) -> StepResult:
         drawn = examples.draw(index)
+        if index + 1 < total:
+            examples.expect(index + 1)
         refining = index >= settings.refine_from * total
         hidden, state = backbone.run(policy.model.model, [one.row for one in drawn], keep_cache=refining)
         loss = say_loss(policy, hidden, drawn)

@@ -23,7 +23,6 @@ from vsr1.errors import VideoError
 from vsr1.models.vision import VideoEncoder
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 from vsr1.train.losses import as_numbers
-from vsr1.video import decode_many
 
 IGNORE = -100
 
@@ -68,16 +67,14 @@ class _Heads(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(values(name))) for name in ATTRIBUTES})
 
 
-def train_vision(
-    videos: VideoEncoder, world: World, settings: VisionTraining, seed: int, keeper: Keeper, workers: int
-) -> None:
+def train_vision(videos: VideoEncoder, world: World, settings: VisionTraining, seed: int, keeper: Keeper) -> None:
     """Train `videos.visual` on the world's training videos, leave it frozen and its cache empty."""
     scenes = world.scenes("train")
     chosen = np.random.default_rng(seed).permutation(len(scenes))[: settings.videos]
     scenes = [scenes[index] for index in chosen]
     visual = videos.visual
     modules = _Heads(visual, visual.config.out_hidden_size).to(videos.device)
-    frames, labels = _frame_pairs(videos, world, scenes, keeper, workers)
+    frames, labels = _frame_pairs(videos, world, scenes, keeper)
     weights = {name: settings.shape_weight if name == "shape" else 1.0 for name in ATTRIBUTES}
 
     def step(index: int) -> StepResult:
@@ -101,14 +98,13 @@ def train_vision(
 
 
 def _frame_pairs(
-    videos: VideoEncoder, world: World, scenes: Sequence[Scene], keeper: Keeper, workers: int
+    videos: VideoEncoder, world: World, scenes: Sequence[Scene], keeper: Keeper
 ) -> tuple[Tensor, np.ndarray]:
     """Decode `scenes` and cut them into labelled pairs: frames (P, 2, H, W, 3) uint8, labels (P, attributes)."""
     pixels, labels = [], []
     paths = [world.video_path(scene.video_id) for scene in scenes]
     with keeper.monitor.phase("decode", len(paths)) as phase:
-        decoded = decode_many(paths, workers=workers, fps=videos.settings.fps, max_frames=videos.settings.max_frames)
-        for count, (scene, (_, frames)) in enumerate(zip(scenes, decoded, strict=True), 1):
+        for count, (scene, (_, frames)) in enumerate(zip(scenes, videos.frames(paths), strict=True), 1):
             if isinstance(frames, VideoError):
                 raise frames
             even = len(frames.pixels) // 2 * 2

@@ -9,11 +9,11 @@ never pay for it.
 from __future__ import annotations
 
 from vsr1.video.cache import FrameCache
-from vsr1.video.decode import decode, decode_many
+from vsr1.video.decode import decode
 from vsr1.video.encode import encode
 from vsr1.video.frames import Frames
-from vsr1.video.loader import Loader
+from vsr1.video.loader import Loader, Loading
 from vsr1.video.probe import VideoInfo, probe
 from vsr1.video.sampling import Sampling
 
-__all__ = ["FrameCache", "Frames", "Loader", "Sampling", "VideoInfo", "decode", "decode_many", "encode", "probe"]
+__all__ = ["FrameCache", "Frames", "Loader", "Loading", "Sampling", "VideoInfo", "decode", "encode", "probe"]

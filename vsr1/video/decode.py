@@ -13,19 +13,18 @@ What `decode` promises, whichever backend does it:
 
 The backends: `pyav` decodes on the CPU and reads everything that FFmpeg reads; `dali` decodes on an NVIDIA GPU and gives
 the same frames at the same times, with pixels that may differ by a few levels. `auto` takes the GPU where it pays.
-`decode_many` decodes a list of files with PyAV on a bounded pool of threads (FFmpeg works outside the interpreter lock).
+`vsr1.video.loader` decodes many files ahead of whoever wants them.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vsr1.errors import BackendUnavailable, VideoError
-from vsr1.threads import in_order
 from vsr1.video.frames import Frames
 from vsr1.video.pyav import Pictures, pictures
 from vsr1.video.sampling import Sampling
@@ -139,32 +138,3 @@ def _on_gpu(
         if optional:
             return None
         raise BackendUnavailable(f"{error}; backend 'pyav' reads it") from error
-
-
-def decode_many(
-    paths: Iterable[str | os.PathLike[str]],
-    *,
-    workers: int = 0,
-    times: Sequence[float] | None = None,
-    fps: float | None = None,
-    count: int | None = None,
-    max_frames: int | None = None,
-    span: tuple[float, float] | None = None,
-) -> Iterator[tuple[Path, Frames | VideoError]]:
-    """Decode many files with `workers` threads (0: one per core), in the order given, one thread a file.
-
-    At most two files a worker are held decoded and unread. A file that fails yields its `VideoError` in place of
-    frames. Sampling arguments are those of `decode`.
-    """
-    sampling = Sampling(times, fps, count, max_frames, span)  # complains now, not in a worker
-    if workers < 0:
-        raise ValueError(f"workers must not be negative, got {workers}")
-
-    def task(path: Path) -> Frames | VideoError:
-        try:
-            return as_frames(path, pictures(path, sampling, threads=1))
-        except VideoError as error:
-            return error
-
-    number = workers or os.cpu_count() or 1
-    return in_order(task, map(Path, paths), threads=number, waiting=2 * number, name="vsr1-decode")

@@ -5,10 +5,10 @@
             use(sample.row, sample.frames)
     print(loader.report.failures)
 
-Each of `workers` threads drives one decoding process (`vsr1.video.pool`) through the rows ahead of the caller. Frames come
-back in shared memory and are handed over as tensors without a copy. What waits for the caller is bounded in bytes:
-a process that has a file's first frame may go on only when there is room for all of its frames, except for the one
-that the caller waits for, which is never held up. So at most `queue_bytes` and one more video wait.
+Decoding begins with the call of `load`. Each of `workers` threads drives one decoding process (`vsr1.video.pool`) through
+the rows ahead of the caller. Frames come back in shared memory and are handed over as tensors without a copy. What waits for
+the caller is bounded in bytes: a process that has a file's first frame may go on only when there is room for all of its
+frames, except for the one that the caller waits for, which is never held up. So at most `queue_bytes` and one more video wait.
 
 A row fails by its file's fault or the decoder's: it cannot be decoded, crashes or hangs its process, or takes too
 much memory. Only that row is lost, and the report names it.
@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -49,6 +50,8 @@ KILL_SECONDS = 0.02  # between looks whether a killed process' thread has ended
 
 Row = str | os.PathLike[str] | tuple[str | os.PathLike[str], Sampling]
 Wanted = tuple[str, Sampling]
+Outcome = tuple[int, str, Pictures | VideoError]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -153,26 +156,46 @@ class Loader:
         self._current: _Load | None = None
         self._finalizer = weakref.finalize(self, _stop, self.workers)
 
-    def load(self, rows: Iterable[Row]) -> Iterator[Sample]:
+    def load(self, rows: Iterable[Row]) -> Loading[Sample]:
         """Frames for each row, a path or (path, Sampling), in the order of rows; rows are taken at most `ahead` ahead.
 
-        Decoding begins when the first row is asked for. Rows of the same video may be given the same tensors: do not write
-        into them. Ending the iterator early (closing it, an exception, Ctrl-C) ends what is being decoded; one load runs
-        at a time.
+        Decoding begins at once. Rows of the same video may be given the same tensors: do not write into them. Ending the
+        iterator early (closing it, losing it, an exception, Ctrl-C) ends what is being decoded; one load runs at a time.
 
         Raises:
             VideoError: a file cannot be decoded, and `failures` is "raise"; or replacements fail as well.
             BackendUnavailable: a decoding process cannot be started.
             RuntimeError: another load of this loader has not ended.
         """
+        load = self._begin(rows, self.failures)
+
+        def samples() -> Iterator[Sample]:
+            for row, path, found in load.outcomes():
+                assert not isinstance(found, VideoError)
+                yield Sample(row, as_frames(path, found))
+
+        return Loading(load, samples())
+
+    def results(self, rows: Iterable[Row]) -> Loading[tuple[Path, Frames | VideoError]]:
+        """As `load`, but each row's path with its frames or, whatever `failures` says, its VideoError."""
+        load = self._begin(rows, "give")
+
+        def pairs() -> Iterator[tuple[Path, Frames | VideoError]]:
+            for _, path, found in load.outcomes():
+                yield Path(path), found if isinstance(found, VideoError) else as_frames(path, found)
+
+        return Loading(load, pairs())
+
+    def _begin(self, rows: Iterable[Row], failures: str) -> _Load:
         if self._current is not None:
             raise RuntimeError("this loader is loading already: end that iterator first, or take another loader")
-        self._current = load = _Load(self)
+        self._current = load = _Load(self, iter(rows), failures)
         try:
-            yield from load.samples(iter(rows))
-        finally:
+            load.look_ahead()
+        except BaseException:
             load.close()
-            self._current = None
+            raise
+        return load
 
     def close(self) -> None:
         """End the decoding processes; a later load starts new ones."""
@@ -192,51 +215,74 @@ def _stop(workers: list[Worker]) -> None:
         worker.stop()
 
 
+class Loading(Iterator[Item]):
+    """What a load hands over; the load ends with it, be it by an error, by `close`, or because nobody holds it any more."""
+
+    def __init__(self, load: _Load, items: Iterator[Item]) -> None:
+        self._load, self._items = load, items
+
+    def __next__(self) -> Item:
+        try:
+            return next(self._items)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._load.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class _Load:
     """One run over rows: what waits to be decoded, what waits for the caller, and the threads between."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, rows: Iterator[Row], failures: str) -> None:
+        self.loader, self.rows, self.failures = loader, rows, failures
         self.room = Room(loader.queue_bytes)
         self.jobs: dict[Wanted, _Job] = {}
         self.queue: deque[_Job] = deque()
+        self.ahead: deque[Wanted] = deque()
         self.closed = False
         self.changed = threading.Condition()
-        *workers, self.spare = loader.workers
-        self.threads = [
-            threading.Thread(target=self._drive, args=(worker,), name=f"vsr1-load-{index}", daemon=True)
-            for index, worker in enumerate(workers)
-        ]
-        for thread in self.threads:
-            thread.start()
+        *self.workers, self.spare = loader.workers
+        self.threads: list[threading.Thread] = []
 
-    def samples(self, rows: Iterator[Row]) -> Iterator[Sample]:
-        ahead: deque[Wanted] = deque()
+    def look_ahead(self) -> None:
+        """Take as many more rows as may be looked at, and have them decoded."""
+        self.ahead.extend(self._expect(item) for item in islice(self.rows, self.loader.ahead - len(self.ahead)))
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Row by row its file and what came of it; rows that are skipped are left out."""
         for row in count():
             if self.closed:
                 raise RuntimeError("this loader was closed while it was loading")
-            ahead.extend(self._expect(item) for item in islice(rows, self.loader.ahead - len(ahead)))
-            if not ahead:
+            self.look_ahead()
+            if not self.ahead:
                 return
-            decoded = self._row(row, ahead.popleft())
-            if decoded is not None:
-                self.loader.report.given += 1
-                yield Sample(row, as_frames(*decoded))
+            outcome = self._row(row, self.ahead.popleft())
+            if outcome is not None:
+                self.loader.report.given += not isinstance(outcome[1], VideoError)
+                yield row, *outcome
 
     def close(self) -> None:
         """End all that is going on; what the caller has stays his."""
+        if self.closed:
+            return
         with self.changed:
             self.closed = True
             self.queue.clear()
             self.changed.notify_all()
         self.room.close()
-        for thread, worker in zip(self.threads, self.loader.workers, strict=False):
+        for thread, worker in zip(self.threads, self.workers, strict=False):
             while thread.is_alive():
                 if worker.busy:
                     worker.kill()
                 thread.join(KILL_SECONDS)
         for job in self.jobs.values():
             job.future.cancel()
+        self.loader._current = None
 
     def _wanted(self, item: Row) -> Wanted:
         path, sampling = item if isinstance(item, tuple) else (item, self.loader.sampling)
@@ -251,11 +297,19 @@ class _Load:
             with self.changed:
                 self.queue.append(job)
                 self.changed.notify()
+            if len(self.threads) < len(self.workers):  # no more of them, and of processes, than there are files
+                self._start(self.workers[len(self.threads)])
         job.rows += 1
         return wanted
 
-    def _row(self, row: int, wanted: Wanted) -> tuple[str, Pictures] | None:
-        """The file and the frames for the row that is due; None if it is skipped."""
+    def _start(self, worker: Worker) -> None:
+        name = f"vsr1-load-{len(self.threads)}"
+        thread = threading.Thread(target=self._drive, args=(worker,), name=name, daemon=True)
+        self.threads.append(thread)
+        thread.start()
+
+    def _row(self, row: int, wanted: Wanted) -> tuple[str, Pictures | VideoError] | None:
+        """The file and the frames for the row that is due, or why there are none; None if it is skipped."""
         loader = self.loader
         take = self._due
         for _ in range(REPLACEMENTS + 1):
@@ -263,15 +317,18 @@ class _Load:
                 return wanted[0], take(wanted)
             except VideoError as error:
                 failed = error
-            if loader.replacement is not None:
+            replacement = None
+            if self.failures == "replace" and loader.replacement is not None:
                 wanted, take = self._wanted(loader.replacement(failed, row)), self._at_once
-            replacement = Path(wanted[0]) if loader.replacement is not None else None
+                replacement = Path(wanted[0])
             loader.report.failures.append(Failure(row, Path(failed.path), failed.reason, replacement))
             log.warning("row %d: %s%s", row, failed, f"; '{replacement}' takes its place" if replacement else "")
-            if loader.failures == "raise":
+            if self.failures == "raise":
                 raise failed
-            if loader.failures == "skip":
+            if self.failures == "skip":
                 return None
+            if self.failures == "give":
+                return wanted[0], failed
         raise VideoError(
             failed.path, f"{failed.reason}; row {row} has had {REPLACEMENTS} replacements, and none is any good"
         )

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 
 import numpy as np
 from av.container import InputContainer
@@ -135,7 +135,8 @@ class _Upright:
             interpolation=None if self._size is None else RESIZED,
             threads=1,
         )
-        return np.rot90(converted.to_ndarray(), turns)
+        pixels = converted.to_ndarray()
+        return np.rot90(pixels, turns) if turns else pixels
 
 
 def _walk(
@@ -214,7 +215,8 @@ def _frames(
     skips = (
         codec.name == "h264" and container.format.name in (MP4, MATROSKA) and codec.width * codec.height > SMALL_AREA
     )
-    for packet, end in _ahead(container.demux(stream)):
+    packets = container.demux(stream)
+    for packet, end in _ahead(packets) if skips else zip(packets, repeat(None)):
         if packet.is_corrupt:
             raise VideoError(path, "a damaged frame (truncated file?)")
         if skips:
