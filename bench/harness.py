@@ -142,13 +142,15 @@ def compare(
     bounds: Sequence[Bound] = (),
     counts: Mapping[str, Mapping[str, float]] | None = None,
     note: str = "",
+    budget: float = BUDGET,
     most_rounds: int = MOST_ROUNDS,
 ) -> Measurement | None:
     """Check all contenders, time them in turns, and hold the first, which is ours, to the bounds.
 
     A contender that is text instead of a call is absent, and the text says why. `check(name, answer)` raises AssertionError
     for an answer that is wrong. `reads` are the bytes that ours reads. `counts` joins the line as it is when all are timed, so
-    the check may fill it. None under `--benchmark-disable`: checked, not timed.
+    the check may fill it. `budget`: seconds for each, where small differences between long calls matter.
+    None under `--benchmark-disable`: checked, not timed.
     """
     calls = {name: call for name, call in contenders.items() if not isinstance(call, str)}
     ours = next(iter(calls))
@@ -168,12 +170,12 @@ def compare(
     def take_turns() -> None:
         for name in others:
             spent = sum(times[name])
-            if spent < BUDGET or (len(times[name]) < 2 and spent < LONG):
+            if spent < budget or (len(times[name]) < 2 and spent < LONG):
                 start = time.perf_counter()
                 calls[name]()
                 times[name].append(time.perf_counter() - start)
 
-    rounds = min(most_rounds, max(1 if times[ours][0] >= LONG else 2, int(BUDGET / times[ours][0])))
+    rounds = min(most_rounds, max(1 if times[ours][0] >= LONG else 2, int(budget / times[ours][0])))
     benchmark.pedantic(calls[ours], setup=take_turns, rounds=rounds)
     if benchmark.stats is None:
         return None
