@@ -323,14 +323,11 @@ def difference(first: Results, second: Results, n: int = 2000, seed: int = 0) ->
     Both hold the same queries, in any order. Raises ValueError naming queries that only one of them holds.
     """
     old, new = (outcomes.of(side) for side in (first, second))
-    places = [{query: i for i, query in enumerate(side.query_ids)} for side in (old, new)]
-    for side, place in zip((old, new), places, strict=True):
-        if len(place) != len(side):
-            raise ValueError(f"a query appears twice: {len(side)} trajectories, {len(place)} query ids")
-    lonely = sorted(places[0].keys() ^ places[1].keys())
+    for side in (old, new):
+        if len(set(side.query_ids)) != len(side):
+            raise ValueError(f"a query appears twice: {len(side)} trajectories, {len(set(side.query_ids))} query ids")
+    lonely = sorted(set(old.query_ids) ^ set(new.query_ids))
     if lonely:
         raise ValueError(f"{len(lonely)} queries are in one run only, such as {lonely[:3]}: were both on one split?")
-    new = new.take(np.array([places[1][query] for query in old.query_ids], np.int64))
-    both = np.flatnonzero(~(old.failed | new.failed))
-    was, now = (_sides(per_query(side.take(both))) for side in (old, new))
+    was, now = (_sides(per_query(side)) for side in outcomes.shared(old, new))
     return _intervals({name: (now[name], was[name]) for name in was}, n, seed, 0.95)

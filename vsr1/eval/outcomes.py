@@ -166,6 +166,23 @@ def _floats(column: Any) -> Floats:
     return np.array(column, np.float64)  # None becomes NaN
 
 
+def shared(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
+    """The queries that both hold and that failed in neither, in the order of `first`.
+
+    Raises ValueError where a query has another truth in the one than in the other: then they are not of one split.
+    """
+    place = {query: i for i, query in enumerate(second.query_ids)}
+    mine = np.array([i for i, query in enumerate(first.query_ids) if query in place], np.int64)
+    theirs = np.array([place[first.query_ids[i]] for i in mine], np.int64)
+    ran = ~(first.failed[mine] | second.failed[theirs])
+    one, other = first.take(mine[ran]), second.take(theirs[ran])
+    spans = [np.nan_to_num(np.stack([side.start, side.end]), nan=-1.0) for side in (one, other)]
+    for i in np.flatnonzero((one.video_ids != other.video_ids) | (spans[0] != spans[1]).any(axis=0))[:1]:
+        truths = [f"{side.video_ids[i]} {side.start[i]} to {side.end[i]} s" for side in (one, other)]
+        raise ValueError(f"query '{one.query_ids[i]}' is about {truths[0]} in one and about {truths[1]} in the other")
+    return one, other
+
+
 def of(results: Sequence[Trajectory] | Outcomes) -> Outcomes:
     """The table of these trajectories, in their order; a table is returned as it is."""
     return results if isinstance(results, Outcomes) else table(_query(one) for one in results)

@@ -207,11 +207,31 @@ def evaluate(
     return tasks
 
 
+def hits(
+    given: Submission,
+    truths: Sequence[Truth],
+    ks: Sequence[int] = RECALL_AT,
+    thresholds: Sequence[float] = THRESHOLDS,
+) -> dict[str, NDArray[np.float64]]:
+    """What `evaluate` averages, as `metrics.intervals` and `metrics.paired` take it: by task and key (`VCMR 0.5-r1`), (N,)
+    float64, 1 for every description with a right prediction among the first k."""
+    return {
+        f"{task} {_key(threshold, k)}": (first <= k).astype(np.float64)
+        for task, firsts in first_right(given, truths, thresholds).items()
+        for threshold, first in firsts.items()
+        for k in ks
+    }
+
+
+def _key(threshold: str, k: int) -> str:
+    return f"{threshold}-r{k}" if threshold else f"r{k}"
+
+
 def _percentages(
     firsts: Mapping[str, NDArray[np.float64]], ks: Sequence[int], asked: NDArray[np.bool_]
 ) -> dict[str, Any]:
     return {
-        f"{threshold}-r{k}".removeprefix("-"): _percent(first[asked] <= k) if asked.any() else None
+        _key(threshold, k): _percent(first[asked] <= k) if asked.any() else None
         for threshold, first in firsts.items()
         for k in ks
     }
