@@ -94,6 +94,8 @@ def _evaluate(arguments: Namespace) -> None:
 
     found = [exchange.read(path) for path in (arguments.results, arguments.other) if path is not None]
     n, seed = arguments.resamples, arguments.seed
+    if arguments.public and found[0].public:
+        raise ConfigError(f"'{arguments.results}' has the public field names already: leave out --public")
     for path, one in zip((arguments.results, arguments.other), found, strict=False):
         failed, repeated = int(one.outcomes.failed.sum()), f", {one.repeated} repeated lines" if one.repeated else ""
         print(f"{path}: {len(one.outcomes)} queries, {failed} failed and left out{repeated}")
@@ -106,7 +108,7 @@ def _evaluate(arguments: Namespace) -> None:
             result = {"source": str(arguments.results), **summary, "public": public.result(table, turns)}
         else:
             sides = outcomes.shared(found[0].outcomes, found[1].outcomes)
-            _same_queries(len(sides[0]))
+            _same_queries(len(sides[0]), *(len(one.outcomes) for one in found))
             figures = _json(metrics.difference(*sides, n, seed))
             result = _differences(arguments, len(sides[0]), figures)
     except ValueError as error:
@@ -149,7 +151,7 @@ def _evaluate_tvr(arguments: Namespace) -> None:
         both = [name for name in found[0].hits if name in found[1].hits]
         if not both:
             raise Vsr1Error("the two prediction files have no task in common")
-        _same_queries(len(truths))
+        _same_queries(len(truths), len(truths), len(truths))
         hits = [one.hits for one in found]
         figures = _json({name: metrics.paired(hits[1][name], hits[0][name], n, seed) for name in both})
         result = _differences(arguments, len(truths), figures)
@@ -157,10 +159,10 @@ def _evaluate_tvr(arguments: Namespace) -> None:
     _write(arguments.out, result)
 
 
-def _same_queries(count: int) -> None:
-    if not count:
+def _same_queries(both: int, *held: int) -> None:
+    if not both:
         raise Vsr1Error("no query is in both results without having failed in one: were both on one split?")
-    print(f"differences over the {count} queries that both hold and that failed in neither")
+    print(f"differences over the {both} queries that both hold and that failed in neither, of {held[0]} and {held[1]}")
 
 
 def _differences(arguments: Namespace, queries: int, figures: Json) -> Json:

@@ -189,6 +189,7 @@ def _public_turns(record: Mapping[str, Any]) -> list[Json]:
                 "rollout_depth_actual": turn["soft_tokens"] or 0,
                 "raw_output": turn["text"],
                 "text_tokens": turn["text_tokens"],
+                "soft_tokens": turn["soft_tokens"],
                 "hard_tokens": turn["hard_tokens"],
                 "score": turn["score"],
                 "probability": turn["probability"],
@@ -212,6 +213,8 @@ def read(path: Path) -> Found:
     public, turns, repeated = False, 1, 0
     for number, row in lines(path):
         if not queries:
+            if "video2idx" in row:
+                raise Vsr1Error(f"'{path}' is a TVR prediction file: it needs its annotations (vsr1 eval --truth)")
             public = "query_id" not in row
         try:
             query = (_public_query if public else _query)(row)
@@ -269,7 +272,7 @@ def _query(row: Json) -> Query:
             ANSWERS[turn["answer"]],
             _number(turn, "start"),
             _number(turn, "end"),
-            turn.get("refine", turn["answer"] != "matched"),
+            turn.get("refine", True) and turn["answer"] != "matched",
             turn.get("text_tokens"),
             turn.get("soft_tokens"),
             turn.get("hard_tokens"),
@@ -291,9 +294,8 @@ def _public_query(row: Json) -> Query:
             overlap, stored = iou((begins, ends), (start, end)), _number(turn, "iou_raw")  # type: ignore[arg-type]
             if stored is not None and abs(overlap - stored) > _SAME:
                 raise ValueError(f"turn {place}: iou_raw is {stored}, but its spans overlap by {overlap}")
-        hard, depth = turn.get("hard_tokens"), turn.get("rollout_depth_actual")
-        soft = depth if turn["refine_applied"] and (depth or hard is None) else None
-        refine = turn["refine_token_generated"]
+        soft = turn.get("soft_tokens", turn.get("rollout_depth_actual") if turn["refine_applied"] else None)
+        hard, refine = turn.get("hard_tokens"), turn["refine_token_generated"]
         right = turn["top1_doc_id"] == truth
         text = turn.get("text_tokens")
         number = turn.get("turn", place)

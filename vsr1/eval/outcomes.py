@@ -24,7 +24,8 @@ ANSWERS: dict[str | None, int] = {"matched": MATCHED, "not_matched": NOT_MATCHED
 
 
 class Shown(NamedTuple):
-    """One executed turn of one query. `right`: the video shown is the true one. `soft` and `hard` are the tokens of the
+    """One executed turn of one query. `right`: the video shown is the true one. `refine`: not accepted, and a refinement was
+    asked for. `soft` and `hard` are the tokens of the
     refinement that followed, None where there was none of that kind; None in `text` where the tokens are not known."""
 
     number: int
@@ -198,7 +199,7 @@ def _query(one: Trajectory) -> Query:
             ANSWERS[turn.reply.answer],
             turn.reply.start,
             turn.reply.end,
-            turn.reply.refine,
+            turn.reply.refine and turn.reply.answer != "matched",
             len(turn.token_ids),
             None if turn.actions is None else turn.actions.shape[0],
             len(turn.rewriting) or None,

@@ -92,7 +92,6 @@ def _answers(answer: NDArray[np.int8], right: NDArray[np.bool_]) -> dict[str, fl
 
 def _counts(table: Outcomes, last: NDArray[np.int64]) -> dict[str, Any]:
     refined = ~np.isnan(table.soft) | ~np.isnan(table.hard)
-    asked = table.refine & (table.answer != MATCHED)
     answer = table.answer[last]
     names = {"matched": MATCHED, "not_matched": NOT_MATCHED, "unknown": UNPARSABLE}
     # why the public loop ends without a match, the first of these that holds
@@ -100,7 +99,7 @@ def _counts(table: Outcomes, last: NDArray[np.int64]) -> dict[str, Any]:
         "matched": table.matched,
         "limit": table.stop == "limit",
         "max_turn_reached_with_refine": refined[last],
-        "refine_token_no_update": asked[last],
+        "refine_token_no_update": table.refine[last],
         "not_matched_no_refine_token": answer == NOT_MATCHED,
         "unknown_no_refine_token": answer == UNPARSABLE,
     }
@@ -112,7 +111,7 @@ def _counts(table: Outcomes, last: NDArray[np.int64]) -> dict[str, Any]:
         "matched_by_turn": {str(turn): int((accepted == turn).sum()) for turn in np.unique(accepted)},
         "refine": {
             "samples_with_refine": int(np.unique(table.query[refined]).size),
-            "refine_token_generated_turns": int(asked.sum()),
+            "refine_token_generated_turns": int(table.refine.sum()),
             "refine_applied_turns": int(refined.sum()),
         },
     }
