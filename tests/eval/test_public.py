@@ -82,9 +82,10 @@ def test_a_thousand_trajectories_give_our_figures() -> None:
     gains: dict[int, list[float]] = {}
     for row in rows:
         for place, turn in enumerate(row["turns"]):
-            if turn["rollout_depth_actual"] or (turn["refine_applied"] and turn["hard_tokens"] is None):
+            if turn["soft_tokens"] is not None:
                 gains.setdefault(turn["turn"], []).append(1 / literal.rank_after(row, place) - 1 / turn["rank"])
-    assert set(gains) <= {1, 2, 3} and len(gains[1]) > 100
+    expected = {turn: (pytest.approx(sum(one) / len(one), abs=1e-12), len(one)) for turn, one in gains.items()}
+    assert metrics.refine_gains(found) == expected and set(expected) == {1, 2, 3}
 
 
 def test_rows_have_the_public_fields() -> None:
@@ -92,7 +93,9 @@ def test_rows_have_the_public_fields() -> None:
         assert row.keys() >= ROW
         assert all(turn.keys() >= TURN for turn in row["turns"])
         assert row["turn1_iou_r1"] == row["turns"][0]["iou_r1"] == literal.counted(row, row["turns"][0])
-        assert row["turns"][-1]["policy_rank"] == row["final_rank"]
+        after = [literal.rank_after(row, place) for place in range(len(row["turns"]))]
+        assert [turn["policy_rank"] for turn in row["turns"]] == after
+        assert [turn["policy_top1_is_gt"] for turn in row["turns"]] == [rank == 1 for rank in after]
         assert (row["stop_reason"] == "matched") == (row["matched_turn"] > 0)
 
 
@@ -119,6 +122,14 @@ def test_files_come_back_as_they_went(tmp_path: Path, together: bool) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["own.jsonl", "public.jsonl"]
 
 
+def test_videos_of_one_turn_share_the_rank_after_it() -> None:
+    one = next(
+        one for one in shared.trajectories(50, seed=10, together=True) if [t.number for t in one.turns] == [1, 1, 2]
+    )
+    turns = rows_of([one])[0]["turns"]
+    assert [turn["policy_rank"] for turn in turns] == [turns[2]["rank"], turns[2]["rank"], one.final_rank]
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -135,6 +146,8 @@ def test_public_rows_without_our_fields_are_read(tmp_path: Path) -> None:
         if name.split()[0] not in ("text", "hard", "soft", "refinements", "answered"):
             np.testing.assert_array_equal(given[name], expected[name], err_msg=name)
     assert np.isnan(given["text"]).all()
+    refined = [[t.actions is not None for t in one.turns] for one in found]
+    assert given["refinements"].tolist() == [sum(one) for one in refined]
     assert metrics.summary(read, n=10)["tokens"]["text"]["value"] is None
 
 
