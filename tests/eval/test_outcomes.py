@@ -26,6 +26,15 @@ def test_queries_taken_keep_their_turns() -> None:
     assert len(outcomes.of([])) == 0
 
 
+def test_a_table_of_many_batches_is_one_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = shared.trajectories(20, seed=8, failures=0.2)
+    whole = outcomes.of(found)
+    monkeypatch.setattr(outcomes, "_BATCH", 7)
+    for name, column in vars(outcomes.of(found)).items():
+        assert column.dtype == getattr(whole, name).dtype
+        np.testing.assert_array_equal(column, getattr(whole, name), err_msg=name)
+
+
 def test_a_table_is_measured_as_its_trajectories_are() -> None:
     found = shared.trajectories(80, seed=3, failures=0.1)
     assert metrics.summary(outcomes.of(found), n=20) == metrics.summary(found, n=20)

@@ -320,7 +320,8 @@ def summary(trajectories: Results, turns: int = 3, n: int = 2000, seed: int = 0)
 def difference(first: Results, second: Results, n: int = 2000, seed: int = 0) -> dict[str, Interval]:
     """`second` minus `first` for every metric, over the queries that failed in neither (paired bootstrap).
 
-    Both hold the same queries, in any order. Raises ValueError naming queries that only one of them holds.
+    Both hold the same queries, in any order. Raises ValueError naming queries that only one of them holds, or one whose
+    truth is another in the second.
     """
     old, new = (outcomes.of(side) for side in (first, second))
     for side in (old, new):

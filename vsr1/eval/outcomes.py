@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from vsr1.records import Stop, Trajectory
 
 Floats = NDArray[np.float64]
 MATCHED, NOT_MATCHED, UNPARSABLE = 1, 0, -1
+_BATCH = 4096  # queries that are turned into columns together
 ANSWERS: dict[str | None, int] = {"matched": MATCHED, "not_matched": NOT_MATCHED, None: UNPARSABLE}
 
 
@@ -130,7 +132,18 @@ _OF_TURNS = frozenset(_COLUMNS[_COLUMNS.index("number") :])
 
 def table(queries: Iterable[Query]) -> Outcomes:
     """The columns of these queries, in their order."""
-    found = list(queries)
+    # in batches, so that few tuples live at a time: the garbage collector would walk over all of them again and again
+    left, parts = iter(queries), []
+    while batch := list(islice(left, _BATCH)):
+        parts.append(_table(batch))
+    if len(parts) < 2:
+        return parts[0] if parts else _table([])
+    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS}
+    counts = np.concatenate([np.diff(part.first) for part in parts])
+    return Outcomes(first=np.concatenate([[0], np.cumsum(counts)]), **columns)
+
+
+def _table(found: Sequence[Query]) -> Outcomes:
     ask = _columns(Query, found)
     shown = _columns(Shown, [turn for query in found for turn in query.turns])
     answers = _columns(Fallback, [query.fallback or Fallback(False, None, None) for query in found])

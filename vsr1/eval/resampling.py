@@ -11,6 +11,7 @@ the distribution of the plain bootstrap; neither approximates it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ Floats = NDArray[np.float64]
 Group = Sequence[Floats]
 
 DRAWN = 8192  # the benchmarks of the field have up to 17,000 test queries, most of them fewer than 5,000
+_BLOCK = 8  # resamples drawn together
 _FEW = 256  # kinds of contributions; counting more of them would take a good part of the time that drawing takes
 
 
@@ -64,11 +66,21 @@ def _multiplied(columns: Group, n: int, seed: int) -> list[Floats]:
     found = [_if_constant(column, n) for column in columns]
     uneven = [place for place, total in enumerate(found) if np.isnan(total[0])]
     matrix = np.stack([columns[place] for place in uneven])
-    for resample in range(n):
-        times = np.bincount(generator.integers(0, size, size=size), minlength=size).astype(np.float64)
-        # not by BLAS, whose threads wait for each other for seconds where other programs keep the cores busy
-        for place, total in zip(uneven, np.einsum("q,cq->c", times, matrix), strict=True):
-            found[place][resample] = total
+
+    def draw() -> NDArray[np.int64]:
+        return generator.integers(0, size, size=(_BLOCK, size))
+
+    with ThreadPoolExecutor(
+        1
+    ) as beside:  # numpy draws without the interpreter: the next block, while this one is counted
+        coming = beside.submit(draw)
+        for first in range(0, n, _BLOCK):
+            drawn, coming = coming.result(), beside.submit(draw)
+            for resample, chosen in enumerate(drawn[: n - first], first):
+                times = np.bincount(chosen, minlength=size).astype(np.float64)
+                # not by BLAS, whose threads wait for each other for seconds where other programs keep the cores busy
+                for place, total in zip(uneven, np.einsum("q,cq->c", times, matrix), strict=True):
+                    found[place][resample] = total
     return found
 
 
