@@ -1,4 +1,5 @@
-"""The command line: `vsr1 train`, `vsr1 ask`, `vsr1 index` (in `vsr1.indexing`), `vsr1 doctor`.
+"""The command line: `vsr1 train`, `vsr1 ask`, `vsr1 index` (in `vsr1.indexing`), `vsr1 eval` (in
+`vsr1.evaluating`), `vsr1 doctor`.
 
 Every problem a person can mend ends as one line on stderr and exit code 2; Ctrl-C ends with 130 once the work is saved.
 """
@@ -17,7 +18,7 @@ from typing import NoReturn
 
 from vsr1.errors import ConfigError, Vsr1Error
 
-COMMANDS = "train", "ask", "index", "doctor"
+COMMANDS = "train", "ask", "index", "eval", "doctor"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  train   render a world, train on it, evaluate, report (every setting is a flag: vsr1 train --help)\n"
         "  ask     ask a trained run for a moment: vsr1 ask runs/tiny 'a small red circle ...'\n"
         "  index   make a corpus of your own videos: vsr1 index add CORPUS FOLDER --run runs/tiny\n"
+        "  eval    figures of a run or a file of results, or what differs between two: vsr1 eval runs/a runs/b\n"
         "  doctor  what this machine can run, and why not"
     )
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"vsr1: unknown command '{command}'; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return {"train": train, "ask": ask, "index": index, "doctor": doctor}[command](rest)
+    return {"train": train, "ask": ask, "index": index, "eval": evaluate, "doctor": doctor}[command](rest)
 
 
 class Parser(argparse.ArgumentParser):
@@ -172,6 +174,13 @@ def index(argv: Sequence[str]) -> int:
     from vsr1 import indexing
 
     return indexing.main(argv)
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """`vsr1 eval`: figures of results that are there."""
+    from vsr1 import evaluating
+
+    return evaluating.main(argv)
 
 
 def doctor(argv: Sequence[str]) -> int:

@@ -20,7 +20,8 @@ from vsr1.agent import rollout
 from vsr1.agent.rollout import Library, LoopSettings
 from vsr1.agent.speech import Sampling
 from vsr1.agent.verdict import Memo
-from vsr1.eval import calibration, metrics
+from vsr1.eval import calibration, metrics, outcomes, public
+from vsr1.eval.exchange import as_json as as_json
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.ops.corpus_scan import CorpusMatrix, scan
@@ -88,7 +89,9 @@ def evaluate(
 
     matrix, rows = corpus.matrix(), {video_id: row for row, video_id in enumerate(corpus.video_ids)}
     trajectories = runs[METHOD]
-    figures = metrics.summary(trajectories, settings.turns, settings.resamples)
+    table = outcomes.of(trajectories)
+    figures = metrics.summary(table, settings.turns, settings.resamples)
+    figures["public"] = public.result(table, settings.turns)
     # the controls are compared on the queries that none of them failed
     failed = {index for found in runs.values() for index, one in enumerate(found) if one.stop == "failed"}
     runs = {name: [one for index, one in enumerate(found) if index not in failed] for name, found in runs.items()}
@@ -99,12 +102,12 @@ def evaluate(
         name: {
             "R@1": metrics.bootstrap(found[name], settings.resamples).as_dict(),
             "R@1 wrong": metrics.bootstrap(second[name][wrong], settings.resamples).as_dict(),
-            "vcmr": metrics.summary(kept, settings.turns, settings.resamples)["vcmr"],
+            "vcmr": _vcmr(kept, settings.resamples),
         }
         for name, kept in runs.items()
     }
-    words = metrics.summary(runs["refinement in words"], settings.turns, settings.resamples)
-    figures["tokens"]["hard"] = words["tokens"]["hard"]
+    words = metrics.per_query(runs["refinement in words"])
+    figures["tokens"]["hard"] = metrics.bootstrap(words["hard"], settings.resamples).as_dict()
     figures["calibration"] = {
         "scale": policy.settings.calibration[0],
         "offset": policy.settings.calibration[1],
@@ -117,6 +120,11 @@ def evaluate(
     figures["by_soft_tokens"] = by_soft_tokens(policy, embedder, matrix, rows, runs[METHOD], settings.resamples)
     leads = zip((one.moment.query_id for one in runs[METHOD]), found[METHOD].tolist(), strict=True)
     return Evaluation(trajectories, figures, dict(leads))
+
+
+def _vcmr(trajectories: Sequence[Trajectory], resamples: int) -> dict[str, Any]:
+    values = {name: one for name, one in metrics.per_query(trajectories).items() if name.startswith("vcmr ")}
+    return {name.removeprefix("vcmr "): one.as_dict() for name, one in metrics.intervals(values, resamples).items()}
 
 
 def hits(trajectories: Sequence[Trajectory], matrix: CorpusMatrix, rows: dict[str, int], exclude: bool) -> np.ndarray:
@@ -172,40 +180,3 @@ def by_soft_tokens(
 def _actions(actions: Tensor | None) -> Tensor:
     assert actions is not None
     return actions
-
-
-def as_json(one: Trajectory) -> dict[str, Any]:
-    """A trajectory as the report and other programs read it: no tensors, times in seconds."""
-    moment = one.moment
-    return {
-        "query_id": moment.query_id,
-        "text": moment.text,
-        "video_id": moment.video_id,
-        "start": moment.start,
-        "end": moment.end,
-        "duration": moment.duration,
-        "stop": one.stop,
-        "failure": one.failure,
-        "first_rank": one.turns[0].rank if one.turns else None,
-        "final_rank": one.final_rank,
-        "fallback": None
-        if one.fallback is None
-        else {
-            "video_id": one.fallback.video_id,
-            "start": one.fallback.reply.start,
-            "end": one.fallback.reply.end,
-        },
-        "turns": [
-            {
-                "video_id": turn.video_id,
-                "score": turn.score,
-                "rank": turn.rank,
-                "answer": turn.reply.answer,
-                "probability": turn.probability,
-                "start": turn.reply.start,
-                "end": turn.reply.end,
-                "text": turn.text,
-            }
-            for turn in one.turns
-        ],
-    }
