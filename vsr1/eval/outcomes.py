@@ -27,8 +27,8 @@ ANSWERS: dict[str | None, int] = {"matched": MATCHED, "not_matched": NOT_MATCHED
 
 class Shown(NamedTuple):
     """One executed turn of one query. `right`: the video shown is the true one. `refine`: not accepted, and a refinement was
-    asked for. `soft` and `hard` are the tokens of the
-    refinement that followed, None where there was none of that kind; None in `text` where the tokens are not known."""
+    asked for. `soft` and `hard` are the tokens of the refinement that followed, None where there was none of that kind; None
+    in `text` where the tokens are not known."""
 
     number: int
     rank: float | None
