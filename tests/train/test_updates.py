@@ -91,6 +91,24 @@ def rolled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+@pytest.mark.parametrize("bootstrapped", [0.0, 0.5])
+def test_a_step_expects_the_videos_that_the_next_one_is_shown_first(
+    trained: Any, settings: GrpoTraining, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, bootstrapped: float
+) -> None:
+    expected, shown = [], []
+    run = rollout.run
+    monkeypatch.setattr(shelf, "expect", lambda video_ids: expected.append(set(video_ids)))
+
+    def watched(*arguments: Any, **options: Any) -> list[Any]:
+        found = run(*arguments, **options)
+        shown.append({one.turns[0].video_id for one in found})
+        return found
+
+    monkeypatch.setattr(rollout, "run", watched)
+    trained(replace(settings, bootstrapped=bootstrapped))
+    assert len(shown) == 4 and expected == shown[1:]
+
+
 def test_a_rollout_serves_several_updates_of_a_moving_policy(trained: Any, settings: Any, rolled: list[int]) -> None:
     lines = trained(replace(settings, updates=2))
     assert rolled == [6, 6] and [line["step"] for line in lines] == [0, 1, 2, 3]

@@ -30,7 +30,7 @@ from vsr1.models import backbone
 from vsr1.models.backbone import Row, State
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
-from vsr1.ops.corpus_scan import info_nce
+from vsr1.ops.corpus_scan import info_nce, scan
 from vsr1.ops.linear_logp import linear_logp
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.records import Moment, Trajectory, Turn
@@ -154,7 +154,8 @@ def train_grpo(
     failures = Failures()
     latest: list[Rolled] = []
 
-    def roll_out(index: int) -> Rolled:
+    def asked(index: int) -> tuple[list[Moment], list[str | None], LoopSettings]:
+        """The queries of a step, the videos that their loops begin with (None: what is found), and how the loop goes."""
         rng = np.random.default_rng((seed, 4, index))
         pick = rng.choice(len(moments), min(settings.queries, len(moments)), replace=False)
         sampling = Sampling(
@@ -167,15 +168,28 @@ def train_grpo(
             samples=settings.group,
             sampling=sampling,
         )
-        asked = [moments[i] for i in pick]
-        first = [moment.video_id if rng.random() < settings.bootstrapped else None for moment in asked]
+        queries = [moments[i] for i in pick]
+        return queries, [one.video_id if rng.random() < settings.bootstrapped else None for one in queries], loop
+
+    def expect(index: int) -> None:
+        """Have the videos that a step will be shown first decoded meanwhile."""
+        queries, first, _ = asked(index)
+        searched = [one.text for one, video_id in zip(queries, first, strict=True) if video_id is None]
+        found: list[int] = []
+        if searched:
+            with torch.no_grad():
+                found = scan(embedder.embed_texts(searched), shelf.matrix(), k=1).ids[:, 0].tolist()
+        shelf.expect([*filter(None, first), *(shelf.video_ids[row] for row in found)])
+
+    def roll_out(index: int) -> Rolled:
+        queries, first, loop = asked(index)
         policy.eval()
         read = policy.videos.misses
         speaker.sync(policy)
         found = rollout.run(
-            policy, embedder, shelf, asked, settings=loop, first=first, speaker=speaker, failures=failures
+            policy, embedder, shelf, queries, settings=loop, first=first, speaker=speaker, failures=failures
         )
-        groups = torch.arange(len(pick)).repeat_interleave(settings.group)
+        groups = torch.arange(len(queries)).repeat_interleave(settings.group)
         alive = [place for place, one in enumerate(found) if one.stop != "failed"]
         kept = [found[place] for place in alive]
         judged = judge(
@@ -197,6 +211,8 @@ def train_grpo(
         if validate is not None and settings.validate_every and index % settings.validate_every == 0:
             numbers |= validate()
         packs = pack(rolled, policy, shelf, settings)
+        if (index + 1) % settings.updates == 0 and index + 1 < settings.optimisation.steps:
+            expect(index + 1)
         if not packs:
             return None, numbers
         return losses(learning, packs, numbers), numbers
