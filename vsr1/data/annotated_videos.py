@@ -11,7 +11,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Final
 
 from vsr1.data.annotation_files import AnnotationError
@@ -58,8 +58,9 @@ class Videos:
 
 def _plain(name: str) -> str:
     """A name without folders, and without an ending if it is a video's: ids hold dots, too (`x_60.0_210.0`)."""
-    path = PurePath(name)
-    return path.stem if path.suffix.lower() in EXTENSIONS else path.name
+    name = os.path.basename(name)
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in EXTENSIONS else name
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -13,10 +13,9 @@ import io
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Final, Literal
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain, islice
+from typing import Any, Final, Literal, NamedTuple
 
 from vsr1.errors import Vsr1Error
 
@@ -34,8 +33,7 @@ class _Twice(Exception):
     """A JSON object that has a key twice, of which a parser would keep the last."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A row as it stands in the file: `value` is a dict, or a line of a Charades-STA file; `problem` says why it is neither.
     `place` is where: "line 7", "entry 7" of an array, "'v_x' sentence 2"."""
 
@@ -44,23 +42,25 @@ class Entry:
     problem: str | None = None
 
 
-@dataclass(frozen=True)
 class Sheet:
-    """All entries of a file, and the layout they were found in."""
+    """The entries of a file, which can be gone through once, and the layout they were found in."""
 
-    layout: Layout
-    entries: list[Entry]
+    def __init__(self, layout: Layout, entries: Iterable[Entry]) -> None:
+        self.layout = layout
+        rest = iter(entries)
+        self._first = list(islice(rest, SAMPLE))
+        self.entries = chain(self._first, rest)
 
     def sample(self) -> list[Any]:
         """The first values that could be read."""
-        return [entry.value for entry in self.entries[:SAMPLE] if entry.problem is None]
+        return [entry.value for entry in self._first if entry.problem is None]
 
     def __str__(self) -> str:
-        if not self.entries:
+        if not self._first:
             return "nothing"
         sample = self.sample()
         if not sample:
-            return f"nothing that can be read ({self.entries[0].place}: {self.entries[0].problem})"
+            return f"nothing that can be read ({self._first[0].place}: {self._first[0].problem})"
         if isinstance(sample[0], str):
             return f"text that begins '{sample[0].strip()[:60]}'"
         called = {"lines": "JSON lines", "array": "a JSON array of objects", "table": "a table"}
@@ -100,8 +100,8 @@ def _sheet(text: str, columns: Collection[str], layout: Layout | None) -> Sheet:
         if not _SENTENCE_LINE.match(header) and _known(header, _delimiter(header, columns), columns):
             layout = "table"
     if layout == "table":
-        return Sheet("table", list(_table(text, columns)))
-    return Sheet("sentences", list(_lines(text)))
+        return Sheet("table", _table(text, columns))
+    return Sheet("sentences", _lines(text))
 
 
 def is_sentence_line(line: str) -> bool:
@@ -118,7 +118,7 @@ def _lines(text: str) -> Iterator[Entry]:
 
 def _json(text: str, beginning: str) -> Sheet:
     if beginning == "[":
-        return Sheet("array", [_checked(f"entry {number}", one) for number, one in enumerate(_document(text), start=1)])
+        return Sheet("array", (_checked(f"entry {number}", one) for number, one in enumerate(_document(text), start=1)))
     head = list(islice(_lines(text), 2))
     if head and (len(head) == 1 or _parsed(head[0]).problem is not None):
         # One object, on one line or on many: that of the videos, or a row.
@@ -129,9 +129,9 @@ def _json(text: str, beginning: str) -> Sheet:
         if isinstance(whole, dict):
             described = [value for value in islice(whole.values(), SAMPLE) if isinstance(value, dict)]
             if any({"timestamps", "sentences"} <= value.keys() for value in described):
-                return Sheet("videos", [entry for video, value in whole.items() for entry in _sentences(video, value)])
+                return Sheet("videos", (entry for video, value in whole.items() for entry in _sentences(video, value)))
             return Sheet("lines", [Entry(head[0].place, whole)])
-    return Sheet("lines", [_parsed(line) for line in _lines(text)])
+    return Sheet("lines", map(_parsed, _lines(text)))
 
 
 def _document(text: str) -> Any:
@@ -191,16 +191,22 @@ def _table(text: str, columns: Collection[str]) -> Iterator[Entry]:
         return
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(first.value, columns))
     names: list[str] = []
-    before = 0
-    for row in rows:
-        place, before = f"line {before + 1}", rows.line_num  # a quoted field may hold line breaks
-        if not any(field.strip() for field in row):
+    while True:
+        place = f"line {rows.line_num + 1}"  # before it is read: a quoted field may hold line breaks
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            yield Entry(place, None, str(error))
+            continue
+        if row is None:
+            return
+        if not any(map(str.strip, row)):
             continue
         if not names:
             names = _names(row)
             if twice := [name for name in columns if names.count(name) > 1]:
                 raise csv.Error(f"column '{twice[0]}' occurs twice")
         elif len(row) != len(names):
-            yield Entry(place, row, f"has {len(row)} fields, the header {len(names)}")
+            yield Entry(place, None, f"has {len(row)} fields, the header {len(names)}")
         else:
             yield Entry(place, dict(zip(names, row, strict=True)))

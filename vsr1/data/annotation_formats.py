@@ -3,16 +3,17 @@
 Fields that are certain, since they stand in the published files or in the data sets' own documentation, are read and
 must be there; others are left alone. How an unlabelled file is told by its keys is in `recognise`, in the table `FORMATS`.
 
-Two data sets give a query several spans. DiDeMo has one from each of four or more annotators; the one taken is that on
+Two data sets give a query several spans. DiDeMo has one from each of several annotators; the one taken is that on
 which they agree best (`agreed`). QVHighlights has all windows that a query describes; the longest one is taken.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from vsr1.data.annotation_files import AnnotationError, Layout, Sheet, is_sentence_line
 from vsr1.data.annotation_values import Span, identity_of, list_of, number_of, pair, seconds, span_of, text_of, whole_of
@@ -38,8 +39,7 @@ ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
 COLUMNS: Final = frozenset(name for names in ALIASES.values() for name in names)
 
 
-@dataclass(frozen=True, slots=True)
-class Annotation:
+class Annotation(NamedTuple):
     """A query as its file has it: `spans` in seconds are all that count as right (none where the truth is kept back),
     `chosen` is the index of the one for a `Moment`. `query_id` is None where the file has no ids."""
 
@@ -51,8 +51,7 @@ class Annotation:
     chosen: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """A row that was read, or the `problem` why not. `spans` counts what the file offers for it."""
 
     place: str
@@ -149,30 +148,38 @@ def qvhighlights(row: Mapping[str, Any], durations: Durations) -> Annotation:
 
 def generic(row: Mapping[str, Any], durations: Durations) -> Annotation:
     """One's own JSON or CSV, with the names of `ALIASES`; an empty field or null is a truth that is not known."""
-    found = {field: next((name for name in names if name in row), None) for field, names in ALIASES.items()}
-    given = {field: row[name] for field, name in found.items() if name is not None and row[name] not in (None, "")}
-    for field in ("text", "video", "start", "end"):
-        if found[field] is None and not (field in ("start", "end") and found["span"] is not None):
-            raise ValueError(f"has no '{field}' (or {', '.join(ALIASES[field][1:])}), only {', '.join(row)}")
-    text, video, query_id = (given.get(field) for field in ("text", "video", "query_id"))
-    if not isinstance(text, str) and text is not None:
-        raise ValueError(f"'{found['text']}' must be str, got {text!r}")
-    if isinstance(video, (list, dict)) or isinstance(query_id, (list, dict)):
-        raise ValueError(f"'{found['video']}' and '{found['query_id']}' must be names, got {video!r} and {query_id!r}")
-    if video is not None:
-        video = str(video)
+    names = _own_names(tuple(row))
+    given = {field: value for field, name in names.items() if (value := row[name]) is not None and value != ""}
+    text, video, query_id = given.get("text", ""), given.get("video"), given.get("query_id")
+    if not isinstance(text, str):
+        raise ValueError(f"'{names['text']}' must be str, got {text!r}")
+    for field in ("video", "query_id"):
+        if isinstance(given.get(field), (list, dict, bool)):
+            raise ValueError(f"'{names[field]}' must be a name, got {given[field]!r}")
+    video = None if video is None else str(video)
     spans: list[Span] = []
-    if found["start"] is not None and found["end"] is not None:
-        if ("start" in given) != ("end" in given):
-            raise ValueError(f"a span needs both ends, got {row[found['start']]!r} and {row[found['end']]!r}")
-        if "start" in given:
-            spans = [(seconds(given["start"], "start"), seconds(given["end"], "end"))]
-    elif "span" in given:
-        spans = [pair(given["span"], str(found["span"]))]
-    duration = seconds(given["duration"], "duration") if "duration" in given else None
+    if "span" in given:
+        spans = [pair(given["span"], names["span"])]
+    elif "start" in given and "end" in given:
+        spans = [(seconds(given["start"], names["start"]), seconds(given["end"], names["end"]))]
+    elif "start" in given or "end" in given:
+        raise ValueError(f"a span needs both ends, got {row[names['start']]!r} and {row[names['end']]!r}")
+    duration = seconds(given["duration"], names["duration"]) if "duration" in given else None
     if duration is None and video is not None:
         duration = durations(video)
-    return Annotation((text or "").strip(), video, spans, duration, None if query_id is None else str(query_id))
+    return Annotation(text.strip(), video, spans, duration, None if query_id is None else str(query_id))
+
+
+@functools.lru_cache(64)  # the rows of a file have the same keys
+def _own_names(keys: tuple[str, ...]) -> Mapping[str, str]:
+    """By which of its keys a row gives each field; of a span its ends or both in one. ValueError where one lacks."""
+    names = {field: name for field, known in ALIASES.items() if (name := next(filter(keys.__contains__, known), None))}
+    if {"start", "end"} <= names.keys():
+        names.pop("span", None)
+    for field in ("text", "video") if "span" in names else ("text", "video", "start", "end"):
+        if field not in names:
+            raise ValueError(f"has no '{field}' (or {', '.join(ALIASES[field][1:])}), only {', '.join(keys)}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -196,8 +203,10 @@ class Format:
             return is_sentence_line(value)
         if self.keys:
             return self.keys <= value.keys() or self.bare == value.keys()
-        has = {field: any(name in value for name in names) for field, names in ALIASES.items()}
-        return has["text"] and has["video"] and (has["span"] or (has["start"] and has["end"]))
+        try:
+            return bool(_own_names(tuple(value)))
+        except ValueError:
+            return False
 
 
 _ROWS: Final[tuple[Layout, ...]] = ("lines", "array")
@@ -242,7 +251,7 @@ def rows(sheet: Sheet, form: Format, durations: Durations, spans: Literal["one",
             yield Row(entry.place, None, str(error))
             continue
         taken = one.spans if spans == "all" else one.spans[one.chosen : one.chosen + 1]
-        offered = len(set(one.spans)) if spans == "one" else 1
+        offered = len(set(one.spans)) if len(one.spans) > len(taken) else 1
         for number, (start, end) in enumerate(taken or [(None, None)], start=1):
             query_id = names(one, (start, end)) if one.query_id is None else one.query_id
             if number > 1:

@@ -64,4 +64,4 @@ def seconds(value: Any, name: str) -> float:
             return float(value)
     except (TypeError, ValueError):
         pass
-    raise ValueError(f"the {name} must be seconds, got {value!r}")
+    raise ValueError(f"'{name}' must be seconds, got {value!r}")
