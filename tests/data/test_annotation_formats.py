@@ -304,6 +304,9 @@ def test_videos_are_found_whatever_they_are_called(tmp_path: Path) -> None:
     assert str(videos) == f"the 3 videos below '{tmp_path / 'videos'}'"
     assert videos.find("AO8RW") == str(tmp_path / "videos" / "train" / "AO8RW.mp4")
     assert videos.find("262@N04_425_265c.m4v") == str(tmp_path / "videos" / "262@N04_425_265c.mp4")
+    assert (
+        videos.find("262@N04_425_265c.") == videos.find("262@N04_425_265c.3g2") == videos.find("262@N04_425_265c.m4v")
+    )
     assert videos.find("x_60.0_210.0") is not None
     assert [videos.find(name) for name in ("note", "AO8RX", "x_60", "")] == [None] * 4
     given = Videos(["a/v.mp4", "v", Path("w.webm")])

@@ -21,6 +21,7 @@ from vsr1.errors import ConfigError
 EXTENSIONS: Final = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".wmv", ".flv", ".3gp", ".ogv",
 )  # fmt: skip
+_ENDINGS: Final = (*EXTENSIONS, ".3g2", ".")  # what DiDeMo's names of videos end in besides
 ID_COLUMNS: Final = ("id", "video", "video_id")
 LENGTH_COLUMNS: Final = ("length", "duration", "seconds")
 
@@ -60,7 +61,7 @@ def _plain(name: str) -> str:
     """A name without folders, and without an ending if it is a video's: ids hold dots, too (`x_60.0_210.0`)."""
     name = os.path.basename(name)
     stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in EXTENSIONS else name
+    return stem if ending.lower() in _ENDINGS else name
 
 
 def _files(folder: Path) -> Iterator[str]:
