@@ -152,6 +152,7 @@ def test_what_cannot_be_told_is_named(tmp_path: Path, text: str, said: str) -> N
         ("activitynet", json.dumps(ACTIVITYNET).replace("[17.37, 60.81]", "[17.37]"), "'v_QOlSCBRmfWY', sentence 2: 'timestamp'"),
         ("generic", FILES["generic"] + 'b,v1,1\n', "line 3: has 3 fields, the header 4"),
         ("generic", FILES["generic"] + '"b\n1",v1,1,2\nc,v1,x,2\n', "line 5: 'start' must be seconds, got 'x'"),
+        ("generic", FILES["generic"] + "b" * 200_000 + ",v1,1,2\n", "line 3: field larger than field limit"),
         ("generic", FILES["generic"] + "b,v1,1,\n", "line 3: a span needs both ends, got '1' and ''"),
         ("generic", lines({"text": "a", "video": ["v"], "start": 0, "end": 1}), "line 1: 'video' must be a name"),
         ("generic", lines({"text": 3, "video": "v", "start": 0, "end": 1}), "line 1: 'text' must be str, got 3"),
@@ -203,13 +204,18 @@ def test_ids_of_files_without_are_those_of_distinct_rows(tmp_path: Path) -> None
     assert [one.query_id for one in read_moments(write(tmp_path / "a", text))] == ["v_1", "w_1", "v_2", "v_1"]
 
 
+def test_ends_of_a_span_count_before_both_in_one(tmp_path: Path) -> None:
+    row = {"text": "a", "video": "v", "start": 1, "end": 2, "span": [3, 4]}
+    assert [(one.start, one.end) for one in read_moments(write(tmp_path / "a", lines(row)), "generic")] == [(1, 2)]
+
+
 # Several spans for a query.
 
 
 @pytest.mark.parametrize(
     ("times", "span"),
     [
-        ([(4, 4), (0, 0), (4, 4), (0, 0), (4, 4), (0, 0), (4, 4)], (4, 4)),  # three agree on either; four on one
+        ([(4, 4), (0, 0), (4, 4), (0, 0), (4, 4), (0, 0), (4, 4)], (4, 4)),  # three agree on either, four on one
         ([(1, 1), (2, 2), (2, 2), (1, 1)], (1, 1)),  # as many: the earlier
         ([(0, 1), (0, 2), (1, 2), (5, 5), (5, 5)], (0, 2)),  # two agree exactly, but three nearly
         ([(0, 0), (2, 2), (4, 4)], (0, 0)),

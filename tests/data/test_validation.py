@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsr1 import cli
@@ -223,6 +223,7 @@ def written(draw: st.DrawFn) -> list[Moment]:
     return moments
 
 
+@settings(max_examples=60, deadline=None)
 @given(written())
 def test_fig_round_trip(tmp_path_factory: pytest.TempPathFactory, moments: list[Moment]) -> None:
     path = tmp_path_factory.mktemp("fig") / "a.jsonl"
@@ -232,6 +233,7 @@ def test_fig_round_trip(tmp_path_factory: pytest.TempPathFactory, moments: list[
         assert read_moments(path) == moments
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(
         st.builds(moment, *[st.floats() | st.none()] * 3, text=st.text(max_size=2), query_id=st.text(max_size=1)),

@@ -3,14 +3,13 @@
 Fields that are certain, since they stand in the published files or in the data sets' own documentation, are read and
 must be there; others are left alone. How an unlabelled file is told by its keys is in `recognise`, in the table `FORMATS`.
 
-Two data sets give a query several spans. DiDeMo has one from each of several annotators; the one taken is that on
+Two data sets give a query several spans. DiDeMo has one from each of four or more annotators; the one taken is that on
 which they agree best (`agreed`). QVHighlights has all windows that a query describes; the longest one is taken.
 """
 
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
@@ -100,17 +99,15 @@ def agreed(chunks: Sequence[Span]) -> int:
     """Index of the span on which DiDeMo's annotators agree best.
 
     It is the annotated span which the data set's own evaluation would rate highest: mean IoU with those three annotators
-    that are nearest to it. Between equals the one more annotators chose, then the one nearer to all of them, then the
-    earlier, then the shorter.
+    that are nearest to it. Between equals the one nearer to all of them, then the earlier, then the shorter.
     """
-    votes = Counter(chunks)
 
     def rating(one: Span) -> tuple[float, ...]:
         overlaps = sorted((_overlap(one, other) for other in chunks), reverse=True)
         nearest = overlaps[:BEST_ANNOTATORS]
-        return sum(nearest) / len(nearest), votes[one], sum(overlaps), -one[0], -one[1]
+        return sum(nearest) / len(nearest), sum(overlaps), -one[0], -one[1]
 
-    return chunks.index(max(votes, key=rating))
+    return chunks.index(max(chunks, key=rating))
 
 
 def _overlap(one: Span, other: Span) -> float:
