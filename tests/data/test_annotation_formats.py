@@ -211,6 +211,8 @@ def test_ends_of_a_span_count_before_both_in_one(tmp_path: Path) -> None:
 
 # Several spans for a query.
 
+MANY = [(3, 5), (4, 6), (3, 6), (3, 4), (5, 6), (4, 5)]
+
 
 @pytest.mark.parametrize(
     ("times", "span"),
@@ -220,6 +222,7 @@ def test_ends_of_a_span_count_before_both_in_one(tmp_path: Path) -> None:
         ([(0, 1), (0, 2), (1, 2), (5, 5), (5, 5)], (0, 2)),  # two agree exactly, but three nearly
         ([(0, 0), (2, 2), (4, 4)], (0, 0)),
         ([(3, 5), (3, 3), (3, 5), (3, 3)], (3, 3)),  # as many, as early: the shorter
+        ([(0, 0), (0, 0), (0, 0), *MANY], (0, 0)),  # three agree, though more come near to (3, 6)
         ([(2, 3)], (2, 3)),
         ([(3, 1), (2, 3)], (2, 3)),  # reversed: agrees with nobody
     ],
@@ -231,7 +234,7 @@ def test_annotators_agree(times: list[tuple[float, float]], span: tuple[float, f
 
 def test_agreement_is_what_the_benchmark_rates_highest() -> None:
     """No annotated span has a higher mean IoU with the three annotators nearest to it."""
-    for times in ([(0, 1), (0, 2), (1, 2), (5, 5), (5, 5)], [(0, 5), (1, 1), (4, 4), (0, 4)], [(0, 0), (0, 1), (1, 1)]):
+    for times in ([(0, 1), (0, 2), (1, 2), (5, 5), (5, 5)], [(0, 0), (0, 0), (0, 0), *MANY], [(0, 0), (0, 1), (1, 1)]):
 
         def rated(one: tuple[int, int], times: list[tuple[int, int]] = times) -> float:
             sets = [set(range(first, last + 1)) for first, last in times]
@@ -315,7 +318,8 @@ def test_videos_are_found_whatever_they_are_called(tmp_path: Path) -> None:
     )
     assert videos.find("x_60.0_210.0") is not None
     assert [videos.find(name) for name in ("note", "AO8RX", "x_60", "")] == [None] * 4
-    given = Videos(["a/v.mp4", "v", Path("w.webm")])
+    given = Videos(["a/v.mp4", "v", Path("w.webm"), "x_60.0"])
+    assert given.find("x_60.5") is None  # what follows a dot is no ending unless it is a video's
     assert (given.find("v"), given.find("v.mp4"), given.find("w"), given.find("x")) == ("v", "v", "w.webm", None)
     with pytest.raises(ConfigError, match="is no folder"):
         Videos(tmp_path / "nowhere")
