@@ -1,5 +1,5 @@
-"""The command line: `vsr1 train`, `vsr1 ask`, `vsr1 index` (in `vsr1.indexing`), `vsr1 eval` (in
-`vsr1.evaluating`), `vsr1 doctor`.
+"""The command line: `vsr1 train`, `vsr1 ask`, `vsr1 index` (in `vsr1.indexing`), `vsr1 eval` (in `vsr1.evaluating`),
+`vsr1 data` (in `vsr1.datasets`), `vsr1 doctor`.
 
 Every problem a person can mend ends as one line on stderr and exit code 2; Ctrl-C ends with 130 once the work is saved.
 """
@@ -9,16 +9,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from vsr1.errors import ConfigError, Vsr1Error
 
-COMMANDS = "train", "ask", "index", "eval", "doctor"
+COMMANDS = "train", "ask", "index", "eval", "data", "doctor"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  ask     ask a trained run for a moment: vsr1 ask runs/tiny 'a small red circle ...'\n"
         "  index   make a corpus of your own videos: vsr1 index add CORPUS FOLDER --run runs/tiny\n"
         "  eval    figures of a run or a file of results, or what differs between two: vsr1 eval runs/a runs/b\n"
+        "  data    what is wrong with an annotation file: vsr1 data check FILE\n"
         "  doctor  what this machine can run, and why not"
     )
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -39,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"vsr1: unknown command '{command}'; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    return {"train": train, "ask": ask, "index": index, "eval": evaluate, "doctor": doctor}[command](rest)
+    commands = {"train": train, "ask": ask, "index": index, "eval": evaluate, "data": data, "doctor": doctor}
+    return commands[command](rest)
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,6 +74,15 @@ def guarded(work: Callable[[], int | None], kept: str = "finished stages and the
     except KeyboardInterrupt:
         print(f"vsr1: stopped; {kept}, the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def say(lines: Iterable[str]) -> None:
+    """Print lines to somebody who may stop reading."""
+    try:
+        sys.stdout.write("".join(f"{line}\n" for line in lines))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, `head` say, has seen enough; nor is there anybody to tell at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def train(argv: Sequence[str]) -> int:
@@ -188,6 +200,13 @@ def doctor(argv: Sequence[str]) -> int:
     from vsr1 import doctor as checks
 
     return guarded(lambda: checks.main())
+
+
+def data(argv: Sequence[str]) -> int:
+    """`vsr1 data`: annotation files."""
+    from vsr1 import datasets
+
+    return datasets.main(argv)
 
 
 if __name__ == "__main__":

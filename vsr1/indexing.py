@@ -6,14 +6,12 @@ the run itself could not go on.
 
 from __future__ import annotations
 
-import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from vsr1.cli import Parser, guarded, no_bars
+from vsr1.cli import Parser, guarded, no_bars, say
 from vsr1.errors import ConfigError
 
 
@@ -108,7 +106,7 @@ def _list(arguments: Namespace) -> None:
         duration = corpus.duration(video_id)
         seconds = "-" if duration is None else f"{duration:.2f}"
         lines.append(f"{shown(video_id)}\t{seconds}\t{shown(places.get(video_id, '-'))}")
-    _say(lines)
+    say(lines)
 
 
 def _info(arguments: Namespace) -> None:
@@ -120,7 +118,7 @@ def _info(arguments: Namespace) -> None:
     known = [one for video_id in corpus.video_ids if (one := corpus.duration(video_id)) is not None]
     size = sum(path.stat().st_size for path in corpus.folder.rglob("*") if path.is_file())
     failed = len(failures.read_text().splitlines()) if failures.is_file() else 0
-    _say(
+    say(
         [
             f"corpus '{corpus.folder}'",
             f"videos    {len(corpus)}, {sum(known) / 3600:.2f} hours",
@@ -145,11 +143,3 @@ def _remove(arguments: Namespace) -> None:
 
 def _missing(places: dict[str, str]) -> list[str]:
     return [video_id for video_id, path in places.items() if not Path(path).exists()]
-
-
-def _say(lines: Sequence[str]) -> None:
-    try:
-        sys.stdout.write("".join(f"{line}\n" for line in lines))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, `head` say, has seen enough; nor is there anybody to tell at the exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -51,7 +51,7 @@ def test_a_span_past_the_duration_is_kept(tmp_path: Path) -> None:
         ({**ROW, "time": [7.0, 3.0]}, "ends at 3.0 s before it starts at 7.0 s"),
         ({**ROW, "time": [1.0]}, "'time' must be"),
         ({**ROW, "time": [0.0, float("nan")]}, "'time' must be"),
-        ({**ROW, "time": "0-3"}, "'time' must be list"),
+        ({**ROW, "time": "0-3"}, "'time' must be [start, end]"),
         ({**ROW, "video": 7}, "'video' must be str"),
         ({**ROW, "desc_id": True}, "'desc_id' must be int"),
         ({**ROW, "duration": 0}, "'duration' must be above 0"),

@@ -1,0 +1,67 @@
+"""`vsr1 data`: what there is to do with data sets before anything is trained on them.
+
+`check` says what is wrong with an annotation file. It ends with 0 if every row can be used, if need be repaired, with 1 if
+rows were refused, and with 2, like every command, if the file cannot be read at all.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vsr1.cli import Parser, guarded, say
+from vsr1.errors import ConfigError
+
+
+def main(argv: Sequence[str]) -> int:
+    """`vsr1 data check`."""
+
+    def work() -> int | None:
+        arguments = _parser().parse_args(list(argv))
+        command: Callable[[Namespace], int | None] = arguments.command
+        return command(arguments)
+
+    return guarded(work, kept="nothing was changed")
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="vsr1 data", description="Data sets, before anything is trained on them.")
+    commands = parser.add_subparsers(required=True, metavar="check")
+    check = commands.add_parser("check", help="what is wrong with an annotation file")
+    check.set_defaults(command=_check)
+    check.add_argument(
+        "file", type=Path, help="annotations: FIG, Charades-STA, DiDeMo, ActivityNet, TVR, QVHighlights or own"
+    )
+    check.add_argument("--format", default="auto", help="name the format instead of having it told by the contents")
+    check.add_argument("--videos", type=Path, metavar="FOLDER", help="where the videos lie: what is missing is refused")
+    lengths = check.add_mutually_exclusive_group()
+    lengths.add_argument(
+        "--durations", type=Path, metavar="FILE", help="seconds of the videos: CSV (id, length) or JSON"
+    )
+    lengths.add_argument("--probe", action="store_true", help="take durations that no row gives from the videos")
+    check.add_argument("--spans", default="one", choices=("one", "all"), help="of several for one query (one)")
+    check.add_argument("--no-repair", action="store_true", help="refuse what could be repaired")
+    check.add_argument("--all", action="store_true", help="print every row found, not the first 20 of a kind")
+    return parser
+
+
+def _check(arguments: Namespace) -> int:
+    from vsr1.data.annotated_videos import Videos, probed
+    from vsr1.data.annotation_formats import FORMATS
+    from vsr1.data.validation import validate_file
+
+    if arguments.format not in ("auto", *FORMATS):
+        raise ConfigError(f"--format must be one of auto, {', '.join(FORMATS)}, got '{arguments.format}'")
+    if arguments.probe and arguments.videos is None:
+        raise ConfigError("--probe needs the videos: give --videos FOLDER")
+    report = validate_file(
+        arguments.file,
+        format=arguments.format,
+        durations=probed(Videos(arguments.videos)) if arguments.probe else arguments.durations,
+        spans=arguments.spans,
+        videos=arguments.videos,
+        repair=not arguments.no_repair,
+    )
+    say([report.text(None if arguments.all else 20)])
+    return 1 if report.of("refused") else 0
