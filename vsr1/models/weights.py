@@ -41,9 +41,10 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk."""
+    """One tensor on disk, and its name there."""
 
     file: Path
+    name: str
     shape: Shape
     dtype: torch.dtype
 
@@ -85,13 +86,15 @@ def headers(files: Iterable[Path]) -> dict[str, Stored]:
         try:
             found = _safetensors_header(file) if file.suffix == ".safetensors" else _bin_header(file)
         except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            broken.append(f"{file} ({file.stat().st_size} bytes: {str(error).splitlines()[0] if str(error) else error!r})")
+            broken.append(
+                f"{file} ({file.stat().st_size} bytes: {str(error).splitlines()[0] if str(error) else error!r})"
+            )
             continue
         for name, (shape, dtype) in found.items():
             if dtype is None:
                 strange.append(name)
             else:
-                tensors[name] = Stored(file, shape, dtype)
+                tensors[name] = Stored(file, name, shape, dtype)
     if broken:
         raise CheckpointError(f"cannot read {'; '.join(broken)}: cut off or damaged? Download again")
     if strange:
@@ -103,13 +106,17 @@ def headers(files: Iterable[Path]) -> dict[str, Stored]:
 
 def _safetensors_header(file: Path) -> dict[str, tuple[Shape, torch.dtype | None]]:
     with safe_open(file, "pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}
+        names = opened.keys()
+        slices = {name: opened.get_slice(name) for name in names}
         return {name: (tuple(part.get_shape()), _DTYPES.get(part.get_dtype())) for name, part in slices.items()}
 
 
 def _bin_header(file: Path) -> dict[str, tuple[Shape, torch.dtype | None]]:
     found = _load_bin(file)
-    return {name: (tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None) for name, tensor in found.items()}
+    return {
+        name: (tuple(tensor.shape), tensor.dtype if tensor.is_floating_point() else None)
+        for name, tensor in found.items()
+    }
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:
@@ -127,18 +134,18 @@ def read(tensors: Mapping[str, Stored], dtype: torch.dtype | None = None) -> Ite
 
 
 def _stored(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    by_file: dict[Path, list[str]] = {}
+    by_file: dict[Path, list[tuple[str, str]]] = {}
     for name, stored in tensors.items():
-        by_file.setdefault(stored.file, []).append(name)
+        by_file.setdefault(stored.file, []).append((name, stored.name))
     for file, names in by_file.items():
         if file.suffix == ".safetensors":
-            for name in names:
+            for name, there in names:
                 # opened anew for each: pages of the file that were read count as memory for as long as it is open
                 with safe_open(file, "pt") as opened:
-                    yield name, opened.get_tensor(name)
+                    yield name, opened.get_tensor(there)
         else:
             found = _load_bin(file)
-            yield from ((name, found[name]) for name in names)
+            yield from ((name, found[there]) for name, there in names)
 
 
 def compare(
