@@ -81,7 +81,7 @@ def headers(files: Iterable[Path]) -> dict[str, Stored]:
     """The tensors of these files. CheckpointError names every file that cannot be read, and every tensor of another kind."""
     tensors: dict[str, Stored] = {}
     broken: list[str] = []
-    strange: list[str] = []
+    strange: dict[Path, list[str]] = {}
     for file in files:
         try:
             found = _safetensors_header(file) if file.suffix == ".safetensors" else _bin_header(file)
@@ -92,14 +92,15 @@ def headers(files: Iterable[Path]) -> dict[str, Stored]:
             continue
         for name, (shape, dtype) in found.items():
             if dtype is None:
-                strange.append(name)
+                strange.setdefault(file, []).append(name)
             else:
                 tensors[name] = Stored(file, name, shape, dtype)
     if broken:
         raise CheckpointError(f"cannot read {'; '.join(broken)}: cut off or damaged? Download again")
     if strange:
+        said = "; ".join(f"{file}: {listed(names)}" for file, names in strange.items())
         raise CheckpointError(
-            f"not floating-point tensors: {listed(strange)}; quantized weights are not read: give the model they were made from"
+            f"tensors that are not floating-point: {said}; quantized weights are not read: give the model they were made from"
         )
     return tensors
 
