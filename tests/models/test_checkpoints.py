@@ -215,13 +215,17 @@ def test_the_embedder_of_a_published_policy(source, frames, tmp_path):
     embedder = Embedder.from_pretrained(folder, settings=VIDEO)
     assert embedder.dimension == 64 and embedder.model.config.text_config.hidden_size == 48
     assert torch.equal(embedder.query_embedder_head.weight, state["query_embedder_head.weight"])
+    row, ids = embedder.text_row("a red circle", 2), embedder.text_row("a red circle").token_ids
+    assert embedder.soft_tail == 6 and row.token_ids[row.soft_start + 2 :] == ids[-6:]  # of which 5 follow the text
     inner = Embedder.from_pretrained(folder / "query_embedder")
+    row = inner.text_row("a red circle", 2)
+    assert inner.soft_tail == 0 and row.token_ids[row.soft_start + 2 :] == ids[-5:]
     assert inner.dimension == 48 and isinstance(inner.query_embedder_head, torch.nn.Identity)
     wanted = vectors(embedder, frames)
     Policy.from_pretrained(folder).save_pretrained(tmp_path / "ours", embedder=embedder)
     again = Embedder.from_pretrained(tmp_path / "ours")
     assert torch.equal(vectors(again, frames), wanted) and again.identity == embedder.identity
-    assert again.videos.settings == VIDEO
+    assert again.videos.settings == VIDEO and again.soft_tail == 6
 
 
 @pytest.mark.parametrize("ending", [(), (END_OF_TEXT,)])
@@ -246,6 +250,11 @@ def test_an_embedding_checkpoint_is_read_at_the_last_token_its_tokenizer_writes(
     ids = own(f"{system}{user}{IM_START}assistant\n", return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == list(embedder.text_row("a red circle").token_ids)
     assert (int(ids[0, -1]) == own.pad_token_id) == bool(ending)
+    embedder.soft_tail = 6  # what the published code assumes follows the text: true if the tokenizer ends with a token
+    row = embedder.text_row("a red circle", 2)
+    assert row.soft_start == ids.shape[1] - 6 and (own.decode(row.token_ids[: row.soft_start])[-1] == "e") == bool(
+        ending
+    )
     with torch.no_grad():
         hidden = stock.model(input_ids=ids).last_hidden_state[:, -1]
         expected = torch.nn.functional.normalize(hidden, dim=-1)

@@ -12,7 +12,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +38,9 @@ INDEX_FILE, HEAD_FILE = "model.safetensors.index.json", "head.safetensors"
 PUBLIC_VIDEO = VideoSettings(fps=1.0, max_frames=64, min_pixels=128 * 28 * 28, max_pixels=256 * 28 * 28)
 # First soft token before the last norm; a gate lies in every file, but the recipes train and evaluate without it.
 PUBLIC_POLICY = {"first_latent": "unnormed", "gate": False}
+
+# The published code puts soft tokens this many tokens before the end of the embedder's sequence.
+PUBLIC_EMBEDDER = {"soft_tail": 6}
 
 _SIZES = {2048: "2B", 2560: "4B", 4096: "8B", 5120: "32B"}
 _REFINE = re.compile(r"(refine_projector|refine_gate|refine_(?:latent|append)_input_projector|query_embedder_head)\..+")
@@ -127,12 +130,14 @@ def examine_embedder(path: str | Path) -> tuple[Contents, dict[str, Stored]]:
     """As `examine`, for an embedder's folder or a policy's that holds one in `query_embedder/`; and its head's tensors."""
     folder = locate(path)
     head: dict[str, Stored] = {}
-    inner = folder
+    inner, saved = folder, {}
     if (folder / EMBEDDER_FOLDER).is_dir():
-        inner = folder / EMBEDDER_FOLDER
-        refine = examine(folder).refine
+        inner, outer = folder / EMBEDDER_FOLDER, examine(folder)
+        saved = PUBLIC_EMBEDDER if outer.public else {}
+        refine = outer.refine
         head = {part: refine[name] for name in refine if (part := name.removeprefix("query_embedder_head.")) != name}
     contents = examine(inner)
+    contents = replace(contents, saved=saved | contents.saved)
     if contents.refine:
         raise CheckpointError(
             f"'{folder}' holds a policy and no {EMBEDDER_FOLDER}/: give the folder of its embedder, Qwen3-VL-Embedding for one"

@@ -26,7 +26,11 @@ INSTRUCTION = "Represent the user's input."
 
 
 class Embedder(nn.Module):
-    """Texts and videos -> unit vectors of `dimension` D. `head` maps the model's width to D (identity by default)."""
+    """Texts and videos -> unit vectors of `dimension` D.
+
+    head maps the model's width to D (identity by default). soft_tail: how many tokens of the sequence at least stay behind soft
+    tokens; by default only what follows the text does. Published policies were trained with 6.
+    """
 
     def __init__(
         self,
@@ -36,6 +40,7 @@ class Embedder(nn.Module):
         *,
         head: nn.Module | None = None,
         instruction: str = INSTRUCTION,
+        soft_tail: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -43,6 +48,7 @@ class Embedder(nn.Module):
         self.tokenizer = tokenizer
         self.videos = videos
         self.instruction = instruction
+        self.soft_tail = soft_tail
         self._before = self._ids(f"{IM_START}system\n{instruction}{IM_END}\n{IM_START}user\n")
         # with what this tokenizer ends every sequence with, if anything: that is then the token to be read
         self._after = self.tokenizer(f"{IM_END}\n{IM_START}assistant\n")["input_ids"]
@@ -62,8 +68,9 @@ class Embedder(nn.Module):
         tokenizer = checkpoints.load_tokenizer(contents.folder)
         model = checkpoints.load_model(contents, Qwen3VLModel, dtype)
         settings = settings or checkpoints.settings_from(VideoSettings, saved.get("video", {}), contents.folder)
-        instruction = saved.get("instruction", INSTRUCTION)
-        return cls(model, tokenizer, VideoEncoder(model.visual, settings), head=head, instruction=instruction).eval()
+        instruction, soft_tail = saved.get("instruction", INSTRUCTION), saved.get("soft_tail", 0)
+        videos = VideoEncoder(model.visual, settings)
+        return cls(model, tokenizer, videos, head=head, instruction=instruction, soft_tail=soft_tail).eval()
 
     @classmethod
     def tiny(
@@ -89,7 +96,8 @@ class Embedder(nn.Module):
             checkpoints.save_plain(self.model, self.tokenizer, video, folder)
             if isinstance(self.query_embedder_head, nn.Linear):
                 save_file(self.query_embedder_head.state_dict(), folder / checkpoints.HEAD_FILE)
-        checkpoints.save_settings(folder, instruction=self.instruction, video=vars(video))
+        template = {"instruction": self.instruction, "soft_tail": self.soft_tail}
+        checkpoints.save_settings(folder, **template, video=vars(video))
 
     @property
     def dimension(self) -> int:
@@ -109,11 +117,12 @@ class Embedder(nn.Module):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text_row(self, text: str, soft_count: int = 0) -> Row:
-        """The input row of a query, with room for `soft_count` soft tokens right behind the text."""
+        """The input row of a query, with room for `soft_count` soft tokens right behind the text (see `soft_tail`)."""
         words = self._ids(text)
+        end = max(0, len(words) - max(0, self.soft_tail - len(self._after)))
         placeholder = [self.tokenizer.pad_token_id] * soft_count
-        ids = (*self._before, *words, *placeholder, *self._after)
-        return Row(ids, soft_start=len(self._before) + len(words), soft_count=soft_count)
+        ids = (*self._before, *words[:end], *placeholder, *words[end:], *self._after)
+        return Row(ids, soft_start=len(self._before) + end, soft_count=soft_count)
 
     def video_row(self, features: VideoFeatures) -> Row:
         """The input row of a video: its times and tokens in the place of the text."""
