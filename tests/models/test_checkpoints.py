@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
+from tests import fixtures
 from tests.models import public_layout
 from tests.models.public_layout import Public
 from vsr1.agent import protocol
@@ -21,10 +22,16 @@ from vsr1.errors import CheckpointError
 from vsr1.models import backbone, checkpoints
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
-from vsr1.models.tokenizer import END_OF_TEXT, IM_END, IM_START, REFINE, SPECIAL_TOKENS
+from vsr1.models.tokenizer import END_OF_TEXT, IM_END, IM_START, REFINE, SPECIAL_TOKENS, train_tokenizer
 from vsr1.models.vision import VideoSettings
 
 VIDEO = VideoSettings(1.0, 8, 4096, 4096)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One to which `assistant` is one token, as to Qwen's: five tokens follow the text of an embedder's input."""
+    return train_tokenizer([*fixtures.TEXTS, "assistant", "a red circle"] * 2)
 
 
 @pytest.fixture(scope="module")
