@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def locate(path: str | Path) -> Path:
         return folder
     try:
         return Path(snapshot_download(str(path), allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HFValidationError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"'{path}' is no folder, and no model that the Hub gives ({reason})") from error
 
