@@ -32,5 +32,9 @@ class CorpusError(Vsr1Error):
     """A corpus folder that is missing, damaged, or built by another embedder."""
 
 
+class CheckpointError(Vsr1Error):
+    """A model folder that is missing, damaged, or holds another model than its configuration says."""
+
+
 class BackendUnavailable(Vsr1Error):
     """A backend named on purpose that cannot serve this call; the message says why."""

@@ -19,7 +19,6 @@ counts.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import time
@@ -39,6 +38,7 @@ from vsr1.agent.speech import Question, Sampling, Spoken, answer_ids, answer_tok
 from vsr1.agent.vllm_http import Server
 from vsr1.errors import Vsr1Error
 from vsr1.models.backbone import Row
+from vsr1.models.checkpoints import save_plain
 from vsr1.models.policy import Policy
 
 _GENERATE = "/inference/v1/generate"
@@ -324,20 +324,6 @@ class VllmSpeaker:
 def export(policy: Policy, path: str | os.PathLike[str]) -> None:
     """Write the folder that `vllm serve` starts from: model, tokenizer, and what vLLM wants to know of images.
 
-    `Policy.save_pretrained` writes the refine head into the same folder, which vLLM would take for weights of the model.
+    `Policy.save_pretrained` writes the same, and the refine head beside it.
     """
-    folder = Path(path)
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-    config, settings = policy.model.config.vision_config, policy.videos.settings
-    images = {
-        "patch_size": config.patch_size,
-        "merge_size": config.spatial_merge_size,
-        "temporal_patch_size": config.temporal_patch_size,
-        "size": {"shortest_edge": settings.min_pixels, "longest_edge": settings.max_pixels},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    for name, kind in (("preprocessor", "image_processor_type"), ("video_preprocessor", "video_processor_type")):
-        processor = "Qwen2VLImageProcessor" if name == "preprocessor" else "Qwen3VLVideoProcessor"
-        (folder / f"{name}_config.json").write_text(json.dumps({kind: processor} | images, indent=1))
+    save_plain(policy.model, policy.tokenizer, policy.videos.settings, Path(path))

@@ -7,18 +7,17 @@ stand right after the query text; their place is known because the template's pa
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLModel
+from transformers import PreTrainedTokenizerBase, Qwen3VLModel
 
-from vsr1.models import backbone
+from vsr1.models import backbone, checkpoints
 from vsr1.models.backbone import Row
 from vsr1.models.tokenizer import IM_END, IM_START
 from vsr1.models.vision import VideoEncoder, VideoFeatures, VideoSettings, video_token_ids
@@ -27,7 +26,11 @@ INSTRUCTION = "Represent the user's input."
 
 
 class Embedder(nn.Module):
-    """Texts and videos -> unit vectors of `dimension` D. `head` maps the model's width to D (identity by default)."""
+    """Texts and videos -> unit vectors of `dimension` D.
+
+    head maps the model's width to D (identity by default). soft_tail: how many tokens of the sequence at least stay behind soft
+    tokens; by default only what follows the text does. Published policies were trained with 6.
+    """
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class Embedder(nn.Module):
         *,
         head: nn.Module | None = None,
         instruction: str = INSTRUCTION,
+        soft_tail: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -44,26 +48,29 @@ class Embedder(nn.Module):
         self.tokenizer = tokenizer
         self.videos = videos
         self.instruction = instruction
+        self.soft_tail = soft_tail
         self._before = self._ids(f"{IM_START}system\n{instruction}{IM_END}\n{IM_START}user\n")
-        self._after = self._ids(f"{IM_END}\n{IM_START}assistant\n")
+        # with what this tokenizer ends every sequence with, if anything: that is then the token to be read
+        self._after = self.tokenizer(f"{IM_END}\n{IM_START}assistant\n")["input_ids"]
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, settings: VideoSettings | None = None) -> Embedder:
-        """Load a folder written by `save_pretrained`, or any Qwen3-VL embedding checkpoint transformers can load."""
-        folder = Path(path)
-        model = Qwen3VLModel.from_pretrained(str(path), dtype="auto").eval()
-        extra: dict[str, Any] = {}
-        if (folder / "vsr1.json").is_file():
-            extra = json.loads((folder / "vsr1.json").read_text())
-        head: nn.Module | None = None
-        if (folder / "head.safetensors").is_file():
-            weights = load_file(folder / "head.safetensors")
-            head = nn.Linear(weights["weight"].shape[1], weights["weight"].shape[0], bias="bias" in weights)
-            head.load_state_dict(weights)
-        settings = settings or VideoSettings(**extra.get("video", {}))
+    def from_pretrained(
+        cls, path: str | Path, *, settings: VideoSettings | None = None, dtype: torch.dtype | None = None
+    ) -> Embedder:
+        """Load a folder, or a repository of the Hub: one written by `save_pretrained`, a Qwen3-VL-Embedding checkpoint, or a
+        policy's that holds its embedder in `query_embedder/`.
+
+        dtype: of the model; by default as stored. CheckpointError lists what is missing, unknown or does not fit.
+        """
+        contents, stored = checkpoints.examine_embedder(path)
+        saved = contents.saved
+        head = checkpoints.load_embedder_head(stored, contents.width, f"'{contents.folder}'")
+        tokenizer = checkpoints.load_tokenizer(contents.folder)
+        model = checkpoints.load_model(contents, Qwen3VLModel, dtype)
+        settings = settings or checkpoints.settings_from(VideoSettings, saved.get("video", {}), contents.folder)
+        instruction, soft_tail = saved.get("instruction", INSTRUCTION), saved.get("soft_tail", 0)
         videos = VideoEncoder(model.visual, settings)
-        instruction = extra.get("instruction", INSTRUCTION)
-        return cls(model, AutoTokenizer.from_pretrained(str(path)), videos, head=head, instruction=instruction).eval()
+        return cls(model, tokenizer, videos, head=head, instruction=instruction, soft_tail=soft_tail).eval()
 
     @classmethod
     def tiny(
@@ -76,15 +83,21 @@ class Embedder(nn.Module):
         model = Qwen3VLModel(tiny.model_config(tokenizer, config)).eval()
         return cls(model, tokenizer, VideoEncoder(model.visual, settings or tiny.video_settings(config)))
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write weights, tokenizer and settings to the folder `path`; transformers loads the model from it too."""
-        folder = Path(path)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        if isinstance(self.query_embedder_head, nn.Linear):
-            save_file(self.query_embedder_head.state_dict(), folder / "head.safetensors")
-        extra = {"instruction": self.instruction, "video": vars(self.videos.settings)}
-        (folder / "vsr1.json").write_text(json.dumps(extra, indent=1))
+    def save_pretrained(self, path: str | Path, *, layout: checkpoints.Layout = "vsr1") -> None:
+        """Write weights, tokenizer and settings to the folder `path`; transformers loads the model from it too.
+
+        layout "public": as the published checkpoints hold it in `query_embedder/`, as a Qwen3VLForConditionalGeneration; a head
+        goes into the policy's file then (`Policy.save_pretrained(embedder=)`).
+        """
+        folder, video = Path(path), self.videos.settings
+        if layout == "public":
+            checkpoints.save_public(self.model, {}, self.tokenizer, video, folder)
+        else:
+            checkpoints.save_plain(self.model, self.tokenizer, video, folder)
+            if isinstance(self.query_embedder_head, nn.Linear):
+                save_file(self.query_embedder_head.state_dict(), folder / checkpoints.HEAD_FILE)
+        template = {"instruction": self.instruction, "soft_tail": self.soft_tail}
+        checkpoints.save_settings(folder, **template, video=vars(video))
 
     @property
     def dimension(self) -> int:
@@ -104,11 +117,12 @@ class Embedder(nn.Module):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text_row(self, text: str, soft_count: int = 0) -> Row:
-        """The input row of a query, with room for `soft_count` soft tokens right behind the text."""
+        """The input row of a query, with room for `soft_count` soft tokens right behind the text (see `soft_tail`)."""
         words = self._ids(text)
+        end = max(0, len(words) - max(0, self.soft_tail - len(self._after)))
         placeholder = [self.tokenizer.pad_token_id] * soft_count
-        ids = (*self._before, *words, *placeholder, *self._after)
-        return Row(ids, soft_start=len(self._before) + len(words), soft_count=soft_count)
+        ids = (*self._before, *words[:end], *placeholder, *words[end:], *self._after)
+        return Row(ids, soft_start=len(self._before) + end, soft_count=soft_count)
 
     def video_row(self, features: VideoFeatures) -> Row:
         """The input row of a video: its times and tokens in the place of the text."""
@@ -116,7 +130,10 @@ class Embedder(nn.Module):
 
     def pool(self, hidden: Tensor) -> Tensor:
         """Hidden states of last tokens (B, H) -> unit vectors (B, D) fp32."""
-        return F.normalize(self.query_embedder_head(hidden).float(), dim=-1)
+        head = self.query_embedder_head
+        if isinstance(head, nn.Linear):
+            hidden = head(hidden.to(head.weight.dtype))
+        return F.normalize(hidden.float(), dim=-1)
 
     def embed_rows(self, rows: Sequence[Row], soft: Tensor | None = None) -> Tensor:
         """Rows -> unit vectors (B, D) fp32, differentiable in `soft` (B, n, E) and, when trainable, in the weights."""

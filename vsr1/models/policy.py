@@ -6,16 +6,17 @@ This module only holds and stores the parts; how the policy is prompted is `agen
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
 
+from vsr1.errors import CheckpointError
+from vsr1.models import checkpoints
 from vsr1.models.attention import share_prefixes
 from vsr1.models.embedder import Embedder
 from vsr1.models.refine import RefineHead
@@ -71,6 +72,7 @@ class Policy(nn.Module):
         )
         self.refine_id = token_id(tokenizer, REFINE)
         self.eos_id: int = tokenizer.eos_token_id
+        self.kept: dict[str, Tensor] = {}  # of the checkpoint's refine modules, what is not used; saved again
         self._pieces: dict[int, str] = {}
         share_prefixes(model.model.language_model)
 
@@ -79,35 +81,46 @@ class Policy(nn.Module):
         cls,
         path: str | Path,
         *,
-        settings: PolicySettings | None = None,
+        settings: PolicySettings | Mapping[str, Any] | None = None,
         video: VideoSettings | None = None,
         videos: VideoEncoder | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Policy:
-        """Load a folder written by `save_pretrained`, or start from a plain Qwen3-VL checkpoint with a fresh refine head.
+        """Load a folder, or a repository of the Hub: one written by `save_pretrained`, one in the published layout, or a plain
+        Qwen3-VL checkpoint, which gets a fresh refine head.
 
-        `videos`: share this encoder (and its tower) instead of loading a second one.
+        settings: instead of the folder's; a mapping changes only what it names. A published checkpoint's say what it was
+        trained with (docs/checkpoints.md). `videos`: share this encoder (and its tower) instead of loading a second one.
+        dtype: of the model; by default as stored. The refine head keeps the precision it is stored in. CheckpointError
+        lists what is missing, unknown or does not fit.
         """
-        folder = Path(path)
-        model = Qwen3VLForConditionalGeneration.from_pretrained(str(path), dtype="auto").eval()
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-        extra: dict[str, Any] = {}
-        if (folder / "vsr1.json").is_file():
-            extra = json.loads((folder / "vsr1.json").read_text())
-        if tokenizer.convert_tokens_to_ids(REFINE) in (None, tokenizer.unk_token_id):
+        contents = checkpoints.examine(path)
+        if not isinstance(settings, PolicySettings):
+            known = checkpoints.refine_sizes(contents) | (checkpoints.PUBLIC_POLICY if contents.public else {})
+            changed = known | contents.saved.get("policy", {}) | dict(settings or {})
+            settings = cast(PolicySettings, checkpoints.settings_from(PolicySettings, changed, contents.folder))
+        head: RefineHead | None = None
+        kept: dict[str, Tensor] = {}
+        if contents.refine:
+            head, kept = checkpoints.load_head(contents, settings.soft_size, settings.embedder_size, settings.gate)
+        tokenizer = checkpoints.load_tokenizer(contents.folder)
+        known_token = tokenizer.convert_tokens_to_ids(REFINE) not in (None, tokenizer.unk_token_id)
+        if contents.refine and not known_token:
+            raise CheckpointError(f"'{contents.folder}' holds refine modules, but its tokenizer does not know {REFINE}")
+        model = checkpoints.load_model(contents, Qwen3VLForConditionalGeneration, dtype)
+        if not known_token:
             tokenizer.add_special_tokens({"additional_special_tokens": [REFINE]}, replace_extra_special_tokens=False)
             if len(tokenizer) > model.get_input_embeddings().num_embeddings:
                 model.resize_token_embeddings(len(tokenizer))
-        saved: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in extra.get("policy", {}).items()
-        }
-        settings = settings or PolicySettings(**saved)
         if videos is None:
-            videos = VideoEncoder(model.model.visual, video or VideoSettings(**extra.get("video", {})))
+            default = checkpoints.PUBLIC_VIDEO if contents.public else VideoSettings()
+            said = vars(default) | contents.saved.get("video", {})
+            video = video or checkpoints.settings_from(VideoSettings, said, contents.folder)
+            videos = VideoEncoder(model.model.visual, video)
         else:
             model.model.visual = videos.visual
-        policy = cls(model, tokenizer, videos, settings)
-        if (folder / "refine.safetensors").is_file():
-            policy.head.load_state_dict(load_file(folder / "refine.safetensors"))
+        policy = cls(model, tokenizer, videos, settings, head)
+        policy.kept = kept
         return policy.eval()
 
     @classmethod
@@ -123,14 +136,34 @@ class Policy(nn.Module):
         )
         return cls(model, embedder.tokenizer, embedder.videos, settings)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write weights, refine head, tokenizer and settings to the folder `path`."""
+    def save_pretrained(
+        self,
+        path: str | Path,
+        *,
+        layout: checkpoints.Layout = "vsr1",
+        embedder: Embedder | None = None,
+        shard_size: int | str = "5GB",
+    ) -> None:
+        """Write weights, refine head, tokenizer and settings to the folder `path`.
+
+        layout "vsr1": transformers and vLLM load the model from it, the refine head has a file of its own; "public": that of
+        the published checkpoints, with all in one, files of at most `shard_size`. `embedder`: write it too, into the folder's
+        `query_embedder/`; `Embedder.from_pretrained` finds it there.
+        """
         folder = Path(path)
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, folder / "refine.safetensors")
-        extra = {"policy": asdict(self.settings), "video": vars(self.videos.settings)}
-        (folder / "vsr1.json").write_text(json.dumps(extra, indent=1))
+        model, tokenizer, video = self.model, self.tokenizer, self.videos.settings
+        kept = dict(self.kept)
+        if layout == "public":
+            if embedder is not None:
+                kept |= {f"query_embedder_head.{k}": v for k, v in embedder.query_embedder_head.state_dict().items()}
+            state = self.head.state_dict() | kept
+            checkpoints.save_public(model, state, tokenizer, video, folder, shard_size)
+        else:
+            checkpoints.save_plain(model, tokenizer, video, folder)
+            checkpoints.save_refine(self.head, kept, folder)
+        checkpoints.save_settings(folder, policy=asdict(self.settings), video=vars(video))
+        if embedder is not None:
+            embedder.save_pretrained(folder / checkpoints.EMBEDDER_FOLDER, layout=layout)
 
     def piece(self, token: int) -> str:
         """The text of one token, special ones included."""
