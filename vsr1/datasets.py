@@ -10,7 +10,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vsr1.cli import Parser, guarded, say
+from vsr1.command import Parser, guarded, say
 from vsr1.errors import ConfigError
 
 

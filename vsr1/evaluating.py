@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vsr1.cli import Parser, guarded
+from vsr1.command import Parser, guarded
 from vsr1.errors import ConfigError, Vsr1Error
 
 if TYPE_CHECKING:

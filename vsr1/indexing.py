@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from vsr1.cli import Parser, guarded, no_bars, say
+from vsr1.command import Parser, guarded, no_bars, say
 from vsr1.errors import ConfigError
 
 
