@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from vsr1.errors import ConfigError, Vsr1Error
@@ -41,6 +41,17 @@ def guarded(work: Callable[[], int | None], kept: str = "finished stages and the
     except KeyboardInterrupt:
         print(f"vsr1: stopped; {kept}, the same command goes on", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def chosen(parser: Parser, argv: Sequence[str], kept: str) -> int:
+    """Run the sub-command that the flags choose, guarded: each has a default `command`, which takes the flags."""
+
+    def work() -> int | None:
+        arguments = parser.parse_args(list(argv))
+        command: Callable[[argparse.Namespace], int | None] = arguments.command
+        return command(arguments)
+
+    return guarded(work, kept)
 
 
 def say(lines: Iterable[str]) -> None:

@@ -7,22 +7,16 @@ rows were refused, and with 2, like every command, if the file cannot be read at
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from vsr1.command import Parser, guarded, say
+from vsr1.command import Parser, chosen, say
 from vsr1.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
     """`vsr1 data check`."""
-
-    def work() -> int | None:
-        arguments = _parser().parse_args(list(argv))
-        command: Callable[[Namespace], int | None] = arguments.command
-        return command(arguments)
-
-    return guarded(work, kept="nothing was changed")
+    return chosen(_parser(), argv, kept="nothing was changed")
 
 
 def _parser() -> Parser:

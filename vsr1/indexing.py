@@ -7,23 +7,17 @@ the run itself could not go on.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from vsr1.command import Parser, guarded, no_bars, say
+from vsr1.command import Parser, chosen, no_bars, say
 from vsr1.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
     """`vsr1 index add|list|info|remove`."""
-
-    def work() -> int | None:
-        arguments = _parser().parse_args(list(argv))
-        command: Callable[[Namespace], int | None] = arguments.command
-        return command(arguments)
-
-    return guarded(work, kept="all batches that were done are in the corpus")
+    return chosen(_parser(), argv, kept="all batches that were done are in the corpus")
 
 
 def _parser() -> Parser:

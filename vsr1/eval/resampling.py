@@ -70,9 +70,8 @@ def _multiplied(columns: Group, n: int, seed: int) -> list[Floats]:
     def draw() -> NDArray[np.int64]:
         return generator.integers(0, size, size=(_BLOCK, size))
 
-    with ThreadPoolExecutor(
-        1
-    ) as beside:  # numpy draws without the interpreter: the next block, while this one is counted
+    # numpy draws without the interpreter: the next block, while this one is counted
+    with ThreadPoolExecutor(1) as beside:
         coming = beside.submit(draw)
         for first in range(0, n, _BLOCK):
             drawn, coming = coming.result(), beside.submit(draw)

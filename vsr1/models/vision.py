@@ -194,7 +194,7 @@ class VideoEncoder:
         self._coming = (keys, self._load("expected", keys)) if keys else None
 
     def frames(self, paths: Sequence[Path]) -> Iterator[tuple[Path, Frames | VideoError]]:
-        """The frames that the tower would be given, decoded ahead; nothing is remembered."""
+        """Each path with the frames that the tower would be given, first those that were expected; nothing is remembered."""
         return self._decoded([str(path) for path in paths])
 
     def _decoded(self, keys: Sequence[str]) -> Iterator[tuple[Path, Frames | VideoError]]:

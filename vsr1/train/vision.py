@@ -104,11 +104,12 @@ def _frame_pairs(
     pixels, labels = [], []
     paths = [world.video_path(scene.video_id) for scene in scenes]
     with keeper.monitor.phase("decode", len(paths)) as phase:
-        for count, (scene, (_, frames)) in enumerate(zip(scenes, videos.frames(paths), strict=True), 1):
+        shown = dict(zip(paths, scenes, strict=True))
+        for count, (path, frames) in enumerate(videos.frames(paths), 1):
             if isinstance(frames, VideoError):
                 raise frames
             even = len(frames.pixels) // 2 * 2
             pixels.append(frames.pixels[:even].unflatten(0, (-1, 2)))
-            labels.append(pair_labels(scene, frames.seconds[:even]))
+            labels.append(pair_labels(shown[path], frames.seconds[:even]))
             phase.update(count)
     return torch.cat(pixels), np.concatenate(labels)
