@@ -17,6 +17,7 @@ LONGEST = 500
 FLOORS = {
     "records": 0,
     "errors": 0,
+    "files": 0,
     "kernels": 0,
     "ops": 1,
     "corpus": 2,

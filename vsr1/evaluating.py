@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vsr1.command import Parser, guarded
 from vsr1.errors import ConfigError, Vsr1Error
+from vsr1.files import write_whole
 
 if TYPE_CHECKING:
     from vsr1.eval.metrics import Interval
@@ -204,7 +205,5 @@ def _table(figures: Json, difference: bool) -> None:
 
 def _write(path: Path | None, result: Json) -> None:
     if path is not None:
-        aside = path.with_name(f"{path.name}.tmp")
-        aside.write_text(json.dumps(result, indent=1))
-        aside.rename(path)
+        write_whole(path, json.dumps(result, indent=1))
         print(f"written: {path}")

@@ -32,6 +32,7 @@ from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.eval import calibration, metrics
 from vsr1.eval.evaluate import Evaluation, as_json, evaluate
 from vsr1.eval.report import write_report
+from vsr1.files import write_whole
 from vsr1.models.embedder import INSTRUCTION, Embedder
 from vsr1.models.policy import SHORT_SYSTEM, Policy
 from vsr1.models.tokenizer import train_tokenizer
@@ -167,7 +168,7 @@ class Job:
         now = time.monotonic()
         spent[stage] = round(spent.get(stage, 0.0) + now - self._started, 1)
         self._started = now
-        _replace(path, json.dumps(spent))
+        write_whole(path, json.dumps(spent))
         return spent
 
     def world(self) -> World:
@@ -348,14 +349,7 @@ class Job:
         }
         lines = "".join(json.dumps(as_json(one)) + "\n" for one in found["grpo"].trajectories)
         for name, text in (("trajectories.jsonl", lines), ("eval.json", json.dumps(result, indent=1))):
-            _replace(self.folder / name, text)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
-    aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(text)
-    aside.rename(path)
+            write_whole(self.folder / name, text)
 
 
 def _texts() -> list[str]:

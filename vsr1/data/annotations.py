@@ -20,12 +20,12 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from vsr1.data.annotated_videos import Lengths, lengths
 from vsr1.data.annotation_files import AnnotationError, read
 from vsr1.data.annotation_formats import COLUMNS, FORMATS, Row, fig, recognise, rows
+from vsr1.files import write_whole
 from vsr1.records import Moment
 
 __all__ = ["AnnotationError", "read_annotations", "read_fig", "read_moments", "read_rows", "write_fig"]
@@ -141,10 +141,7 @@ def write_fig(
     if extra is not None and len(extra) != len(moments):
         raise ValueError(f"{len(moments)} moments need as many extra rows, got {len(extra)}")
     lines = [_row(moment) | dict(extra[index] if extra else {}) for index, moment in enumerate(moments)]
-    target = Path(path)
-    aside = target.with_name(f".{target.name}.tmp")
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines), encoding="utf-8")
-    os.replace(aside, target)
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines))
 
 
 def _row(moment: Moment) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from vsr1.data.annotations import read_rows, write_fig
 from vsr1.data.scene import Event, Scene, draw
 from vsr1.data.vocabulary import BACKGROUND_ATTRIBUTES, EVENT_ATTRIBUTES, coarse_sentence, sentence, values
 from vsr1.errors import ConfigError, VideoError, Vsr1Error
+from vsr1.files import write_whole
 from vsr1.records import Moment
 from vsr1.video.encode import encode
 
@@ -294,7 +295,7 @@ def _claim(root: Path, config: WorldConfig, seed: int) -> None:
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise ConfigError(f"'{root}' is not a world and not an empty folder; choose another folder")
     root.mkdir(parents=True, exist_ok=True)
-    _write_text(root / UNFINISHED_MARK, json.dumps(mine, indent=2) + "\n")
+    write_whole(root / UNFINISHED_MARK, json.dumps(mine, indent=2) + "\n")
 
 
 def _read_mark(path: Path) -> dict[str, Any] | None:
@@ -365,7 +366,7 @@ def _render(root: Path, config: WorldConfig, chunk: list[_Placed]) -> int:
 
 def _write_truth(root: Path, config: WorldConfig, seed: int, placed: list[_Placed]) -> None:
     rows = [{"split": item.split, "fold": item.fold, "group": item.group} | asdict(item.scene) for item in placed]
-    _write_text(root / "scenes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(root / "scenes.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     number = 0
     for split in SPLITS:
         members = [item for item in placed if item.split == split]
@@ -393,12 +394,6 @@ def _key(scene: Scene, event: int) -> tuple[str, ...]:
 
 def _video_path(root: Path, item: _Placed) -> Path:
     return root / "videos" / item.split / f"{item.scene.video_id}.mp4"
-
-
-def _write_text(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def _disk_full(root: Path) -> Vsr1Error:

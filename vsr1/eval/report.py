@@ -19,6 +19,7 @@ from vsr1.eval import figures
 from vsr1.eval.curves import STAGES, learning
 from vsr1.eval.figures import STAGE_NAMES, triple
 from vsr1.eval.page import figure, note, section, table
+from vsr1.files import write_whole
 
 FRAMES = 6
 _RANKS = ("R@1", "R@5", "R@10", "R@100", "MRR")
@@ -69,9 +70,8 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
         title=escape(run_folder.resolve().name), head=_head(evaluation), body="\n".join(s for s in sections if s)
     )
     path = run_folder / "report.html"
-    aside = run_folder / "report.html.aside"
-    aside.write_text(page, encoding="utf-8")
-    return aside.rename(path)
+    write_whole(path, page)
+    return path
 
 
 def _text(folder: Path, name: str, way_out: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vsr1.files import write_whole
 from vsr1.ingest.listing import Failure
 
 FAILURES = "failures.jsonl"  # in the corpus folder: what did not go in, the last time
@@ -84,6 +85,4 @@ def keep(failures: Sequence[Failure], corpus: Path) -> None:
     if not failures:
         path.unlink(missing_ok=True)
         return
-    aside = path.with_name(f"{FAILURES}.aside")
-    aside.write_text("".join(json.dumps(vars(one)) + "\n" for one in failures))
-    aside.rename(path)
+    write_whole(path, "".join(json.dumps(vars(one)) + "\n" for one in failures))
