@@ -39,7 +39,8 @@ from vsr1.train.grpo import train_grpo
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper
 from vsr1.train.monitor import Monitor
-from vsr1.train.sft import meanings, train_sft
+from vsr1.train.sft import train_sft
+from vsr1.train.templated import Templates, meanings
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "ablations.json"
@@ -134,7 +135,9 @@ def further(start: Start, policy: Policy) -> Policy:
     )
     with TemporaryDirectory() as aside, Monitor(Path(aside)) as monitor:
         keeper = Keeper(Path(aside) / "checkpoints", monitor, float("inf"))
-        train_sft(policy, start.embedder, start.world, start.shelf("train"), settings, start.config.seed + 1000, keeper)
+        shelf = start.shelf("train")
+        source = Templates(policy, start.embedder, start.world, shelf, settings, start.config.seed + 1000)
+        train_sft(policy, start.embedder, source, shelf, settings, keeper)
     return policy.eval()
 
 

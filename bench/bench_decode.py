@@ -30,7 +30,8 @@ from vsr1.models.tiny import TinyConfig
 from vsr1.models.tokenizer import train_tokenizer
 from vsr1.models.vision import VideoEncoder
 from vsr1.train.optimizer import optimizers
-from vsr1.train.sft import SftTraining, build, say_loss, trainable
+from vsr1.train.sft import SftTraining, say_loss, trainable
+from vsr1.train.templated import build
 from vsr1.video import Frames, decode
 
 FILMS = {

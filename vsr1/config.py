@@ -1,7 +1,7 @@
-"""All settings of a run in one typed tree, its presets, and the way from the command line and back to disk.
+"""All settings of a run in one typed tree, and the way from the command line and back to disk.
 
-Each stage's settings live beside the stage; this module only puts them together. A preset is a complete tree; flags
-change single fields; the result is saved with the run as `config.yaml` and loads back to the same object.
+Each stage's settings live beside the stage; this module only puts them together. A preset (`vsr1.presets`) is a complete
+tree; flags change single fields; the result is saved with the run as `config.yaml` and loads back to the same object.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field
-from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,58 +29,61 @@ from vsr1.train.rewards import reward_function
 from vsr1.train.sft import SftTraining
 from vsr1.train.vision import VisionTraining
 
-STAGES = ("world", "embedder", "sft", "grpo", "eval")
-Stage = Literal["world", "embedder", "sft", "grpo", "eval", "all"]
+WORLD_STAGES = ("world", "embedder", "sft", "grpo", "eval")
+DATASET_STAGES = ("data", "sft", "grpo", "eval")
 
 
 @dataclass
-class RunConfig:
-    """Settings of one run. Times in seconds; `workers` 0 means one a core."""
+class JobConfig:
+    """What all kinds of runs have. Times in seconds; `workers` 0 means one a core."""
 
     run: Path = Path("runs/tiny")
     """the folder everything is written to"""
-    stage: Stage = "all"
-    """stop after this stage (every stage brings its predecessors along)"""
     seed: int = 1
     workers: int = 0
     device: str = "auto"
     """where the models live: "cpu", "cuda", "cuda:1" .. ("auto": a GPU if torch sees one)"""
     checkpoint_every: float = 30.0
-    world: WorldConfig = field(default_factory=WorldConfig)
-    model: TinyConfig = field(default_factory=TinyConfig)
-    vision: VisionTraining = field(default_factory=VisionTraining)
-    embedder: EmbedderTraining = field(default_factory=EmbedderTraining)
+    stage: str = "all"
     sft: SftTraining = field(default_factory=SftTraining)
     grpo: GrpoTraining = field(default_factory=GrpoTraining)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
 
 
-def quick() -> RunConfig:
-    """Every stage of `tiny` with a handful of videos and steps: checks the machinery in a minute, learns nothing."""
+@dataclass
+class RunConfig(JobConfig):
+    """A run on the rendered world, which makes everything itself. Times in seconds; `workers` 0 means one a core."""
 
-    def few(steps: int) -> Optimisation:
-        return Optimisation(steps=steps, learning_rate=1e-3, warmup=2)
-
-    return RunConfig(
-        run=Path("runs/quick"),
-        checkpoint_every=5.0,
-        world=WorldConfig(train_videos=64, validation_videos=4, test_videos=24),
-        vision=VisionTraining(optimisation=few(8), videos=32, pairs=48),
-        embedder=EmbedderTraining(optimisation=few(8), batch=12),
-        sft=SftTraining(optimisation=few(12), batch=8, refine_rows=4, refine_from=0.4, contrast_from=0.6),
-        grpo=GrpoTraining(optimisation=few(3), queries=2, group=4, turns=2, max_tokens=32, validation_queries=4),
-        evaluation=EvaluationSettings(queries=8, turns=2, max_tokens=40, resamples=200, calibration=4),
-    )
+    stage: Literal["world", "embedder", "sft", "grpo", "eval", "all"] = "all"
+    """stop after this stage (every stage brings its predecessors along)"""
+    world: WorldConfig = field(default_factory=WorldConfig)
+    model: TinyConfig = field(default_factory=TinyConfig)
+    vision: VisionTraining = field(default_factory=VisionTraining)
+    embedder: EmbedderTraining = field(default_factory=EmbedderTraining)
 
 
-PRESETS: dict[str, typing.Callable[[], RunConfig]] = {"tiny": RunConfig, "quick": quick}
+@dataclass
+class DatasetConfig(JobConfig):
+    """A run on an annotated data set, whose files `vsr1 data build` or `vsr1 data import` has made below `root`."""
 
-
-def preset(name: str) -> RunConfig:
-    """A fresh copy of the preset called `name`; ConfigError lists the known ones."""
-    if name not in PRESETS:
-        raise ConfigError(f"unknown preset '{name}'; known: {', '.join(PRESETS)}")
-    return PRESETS[name]()
+    stage: Literal["data", "sft", "grpo", "eval", "all"] = "all"
+    """stop after this stage (every stage brings its predecessors along)"""
+    dataset: str = "charades"
+    """what the public files and splits are called: charades, didemo or activitynet"""
+    root: Path = Path("data/charades")
+    """where the data set lies (docs/datasets.md)"""
+    policy: str = "Qwen/Qwen3-VL-2B-Instruct"
+    """the model that stage 1 starts from: a folder, or a repository of the Hub"""
+    embedder: str = "Qwen/Qwen3-VL-Embedding-2B"
+    """the frozen embedder, the one that made the vectors below `root`"""
+    protocol_from: str = ""
+    """an SFT file whose system turn the policy is asked with (default: that of the SFT file it learns from)"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the policy and the embedder; "auto": bfloat16 on a GPU, float32 on the CPU"""
+    max_steps: int = 0
+    """end each training stage after so many steps (0: after as many as it is set to)"""
+    hold_out: int = 200
+    """queries kept from training to calibrate and watch it, where the data set has no validation split"""
 
 
 def to_dict(config: Any) -> Any:
@@ -136,13 +138,13 @@ def _value(value: Any, kind: Any, where: str) -> Any:
     return value
 
 
-def save(config: RunConfig, path: Path) -> None:
+def save(config: JobConfig, path: Path) -> None:
     """Write the config as YAML."""
     path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-def load(path: Path) -> RunConfig:
-    """Read a saved config; ConfigError where the file is not one."""
+def load(path: Path) -> RunConfig | DatasetConfig:
+    """Read a saved config, of the rendered world or of a data set; ConfigError where the file is not one."""
     try:
         values = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
@@ -150,7 +152,7 @@ def load(path: Path) -> RunConfig:
     if not isinstance(values, dict):
         raise ConfigError(f"'{path}' is not a config of a run")
     try:
-        return from_dict(values)
+        return from_dict(values, DatasetConfig if "dataset" in values else RunConfig)
     except ConfigError as error:
         raise ConfigError(f"'{path}': {error}") from error
 
@@ -161,9 +163,8 @@ _ABOVE_ZERO = (
     *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("steps", "learning_rate", "clip")),
     *(f"model.{one.name}" for one in dataclasses.fields(TinyConfig)),
     *("vision.videos", "vision.pairs", "embedder.batch", "embedder.sentences", "embedder.temperature"),
-    *("sft.batch", "sft.head_learning_rate", "sft.confusions", "sft.refine_rows", "sft.temperature"),
+    *("sft.batch", "sft.head_learning_rate", "sft.confusions", "sft.refine_rows", "sft.temperature", "sft.pack_tokens"),
     *(
-        "grpo.videos",
         "grpo.queries",
         "grpo.turns",
         "grpo.max_tokens",
@@ -184,31 +185,24 @@ _NOT_BELOW_ZERO = (
     *("seed", "workers", "evaluation.queries", "evaluation.calibration", "vision.shape_weight", "embedder.backgrounds"),
     *("grpo.sigma", "grpo.beta", "grpo.latent_beta", "grpo.latent_weight", "grpo.contrast_weight", "grpo.clip_high"),
     *("grpo.distillation_weight", "grpo.validate_every", "grpo.validation_queries", "grpo.lora_rank"),
+    *("max_steps", "hold_out", "sft.negatives"),
     *("sft.answer_weight", "sft.mark_weight", "sft.distillation_weight", "sft.contrast_weight"),
     *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay", "muon")),
 )
 
 
-def check(config: RunConfig) -> None:
+def check(config: JobConfig) -> None:
     """Raise ConfigError for values that a stage could not work with, before the first one starts."""
 
     def need(where: str, wish: str, good: Callable[[Any], bool]) -> None:
-        value = reduce(getattr, where.split("."), config)
-        if not good(value):
+        value = _found(config, where)
+        if value is not None and not good(value):  # a kind of run that lacks the setting cannot have it wrong
             raise ConfigError(f"'{where}' must be {wish}, got {value}")
 
     for where in _ABOVE_ZERO:
         need(where, "above 0", lambda value: 0 < value < math.inf)
     for where in _NOT_BELOW_ZERO:
         need(where, "0 or more", lambda value: 0 <= value < math.inf)
-    model, world, sft = config.model, config.world, config.sft
-    need("model.hidden", "a multiple of 8 model.heads", lambda value: value % (8 * model.heads) == 0)
-    need("model.vision_hidden", "a multiple of 4 vision_heads", lambda value: value % (4 * model.vision_heads) == 0)
-    need("model.pixels", "a multiple of patch x merge", lambda value: value % (model.patch * model.merge) == 0)
-    words = len(canonical_rewrite({name: values(name)[0] for name in ATTRIBUTES}).split())
-    need("model.soft_tokens", f"{words}, one for each canonical word", lambda value: value == words)
-    need("sft.matched", "between 0 and 1", lambda value: 0 < value < 1)
-    need("sft.batch", "enough for a rejected row", lambda value: math.ceil(sft.matched * value) < value)
     for where in _SHARES:
         need(where, "from 0 to 1", lambda value: 0 <= value <= 1)
     need("grpo.group", "at least 2 for an advantage within the group", lambda value: value >= 2)
@@ -222,6 +216,31 @@ def check(config: RunConfig) -> None:
             reward_function(name)
         except ConfigError as error:
             raise ConfigError(f"'grpo.rewards': {error}") from error
+    if isinstance(config, RunConfig):
+        _check_world(config, need)
+    else:
+        need("grpo.videos", "0: the whole corpus of a data set is searched", lambda value: value == 0)
+
+
+def _found(config: JobConfig, where: str) -> Any:
+    """The setting at a dotted path, or None where this kind of run has none such."""
+    value: Any = config
+    for name in where.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def _check_world(config: RunConfig, need: Callable[[str, str, Callable[[Any], bool]], None]) -> None:
+    model, world, sft = config.model, config.world, config.sft
+    need("model.hidden", "a multiple of 8 model.heads", lambda value: value % (8 * model.heads) == 0)
+    need("model.vision_hidden", "a multiple of 4 vision_heads", lambda value: value % (4 * model.vision_heads) == 0)
+    need("model.pixels", "a multiple of patch x merge", lambda value: value % (model.patch * model.merge) == 0)
+    words = len(canonical_rewrite({name: values(name)[0] for name in ATTRIBUTES}).split())
+    need("model.soft_tokens", f"{words}, one for each canonical word", lambda value: value == words)
+    need("sft.matched", "between 0 and 1", lambda value: 0 < value < 1)
+    need("sft.batch", "enough for a rejected row", lambda value: math.ceil(sft.matched * value) < value)
+    need("sft.negatives", "0: the rendered world lists no hard negatives", lambda value: value == 0)
+    need("grpo.videos", "above 0", lambda value: value > 0)
     groups = -(-world.train_videos // world.duplicates)
     first = round(groups * world.embedder_fraction) * world.duplicates
     need("world.embedder_fraction", "above 0: both folds need videos", lambda _: first > 0)

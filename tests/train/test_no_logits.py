@@ -33,6 +33,7 @@ from vsr1.train.grpo import GrpoTraining
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Optimisation
 from vsr1.train.sft import SftTraining
+from vsr1.train.templated import Templates
 
 VOCABULARY = 150_001
 """A matrix of the model is then over 32 MiB, which malloc returns to the system as soon as it is freed: no peak is blurred."""
@@ -92,7 +93,8 @@ def step(stage: str, tiny_embedder: Embedder, world: World, shelf: Shelf, monkey
         return Step(run, embedder_stage, monkeypatch)
     if stage == "sft":
         replies = SftTraining(optimisation=settings, batch=12, refine_rows=4, refine_from=0.5, contrast_from=0.65)
-        run = lambda: sft.train_sft(policy, tiny_embedder, world, shelf, replies, 1, keeper)  # noqa: E731
+        source = Templates(policy, tiny_embedder, world, shelf, replies, 1)
+        run = lambda: sft.train_sft(policy, tiny_embedder, source, shelf, replies, keeper)  # noqa: E731
         return Step(run, sft, monkeypatch)
     monkeypatch.setitem(sys.modules, "rewards_of_mine", SimpleNamespace(unlike=unlike))
     updates = GrpoTraining(

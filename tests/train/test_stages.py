@@ -43,6 +43,7 @@ from vsr1.train.embedder import (
 from vsr1.train.grpo import GrpoTraining
 from vsr1.train.library import Shelf
 from vsr1.train.sft import Example, SftTraining
+from vsr1.train.templated import Templates, canonical_embeddings, meanings
 from vsr1.train.vision import IGNORE, pair_labels
 
 FIRST = Event(2, 5, "small", "red", "circle", "left")
@@ -240,9 +241,9 @@ def test_reply_tokens_weigh_the_span_of_an_accepted_video(tiny_policy: Policy) -
 
 def examples(
     policy: Policy, embedder: Embedder, world: World, shelf: Shelf, **changes: Any
-) -> tuple[sft.Examples, SftTraining]:
+) -> tuple[Templates, SftTraining]:
     settings = replace(SftTraining(batch=8, confusions=4), **changes)
-    return sft.Examples(policy, embedder, world, shelf, settings, seed=1), settings
+    return Templates(policy, embedder, world, shelf, settings, seed=1), settings
 
 
 def shown_video(example: Example, shelf: Shelf) -> str:
@@ -329,7 +330,7 @@ def test_say_loss_reads_each_reply_off_its_own_row(
 
 
 def test_canonical_embeddings_are_the_words_own(tiny_embedder: Embedder) -> None:
-    found = sft.canonical_embeddings(tiny_embedder, [SCENE.attributes(0), SCENE.attributes(1)])
+    found = canonical_embeddings(tiny_embedder, [SCENE.attributes(0), SCENE.attributes(1)])
     table = tiny_embedder.model.get_input_embeddings().weight
     assert found.shape == (2, 8, table.shape[1])
     for row, event in zip(found, (0, 1), strict=True):
@@ -340,10 +341,10 @@ def test_canonical_embeddings_are_the_words_own(tiny_embedder: Embedder) -> None
 
 def test_meanings_go_by_the_query(tiny_embedder: Embedder, world: World) -> None:
     queries = world.queries("train")[:3]
-    found = sft.meanings(tiny_embedder, queries)
+    found = meanings(tiny_embedder, queries)
     assert list(found) == [query.moment.query_id for query in queries]
     for query in queries:
-        (expected,) = sft.canonical_embeddings(tiny_embedder, [query.attributes])
+        (expected,) = canonical_embeddings(tiny_embedder, [query.attributes])
         assert torch.equal(found[query.moment.query_id], expected)
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,8 @@ class Interrupted(Vsr1Error):
 
 @dataclass
 class Optimisation:
-    """Linear warm-up and cosine decay to 5 %. learning_rate is AdamW's peak, muon times it is Muon's (0: AdamW alone)."""
+    """Linear warm-up, then decay to `final_fraction` of the peak: along a cosine, linearly, or none. learning_rate is AdamW's
+    peak, muon times it is Muon's (0: AdamW alone)."""
 
     steps: int
     learning_rate: float
@@ -43,13 +44,17 @@ class Optimisation:
     clip: float = 1.0
     final_fraction: float = 0.05
     muon: float = 2.0
+    decay: Literal["cosine", "linear", "none"] = "cosine"
 
     def rate(self, step: int) -> float:
         """The factor on the peak learning rate at `step`."""
         if step < self.warmup:
             return (step + 1) / self.warmup
-        part = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.final_fraction + (1 - self.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(part, 1.0)))
+        if self.decay == "none":
+            return 1.0
+        part = min((step - self.warmup) / max(self.steps - self.warmup, 1), 1.0)
+        left = 1 - part if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * part))
+        return self.final_fraction + (1 - self.final_fraction) * left
 
 
 @dataclass(frozen=True)

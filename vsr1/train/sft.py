@@ -1,36 +1,29 @@
-"""Stage 1: the policy learns to judge, to ground and to refine from templated replies.
+"""Stage 1: the policy learns to judge, to ground and to refine from given replies.
 
-Every row asks, in fresh words, about one event of one training video, and shows that video (half of the rows) or one that
-the frozen embedder finds for these words; the truth of both is known, so the right reply is too. Cross-entropy teaches the
-reply. (Asking only the few queries that have one answer makes the policy memorise which videos are right.) On the rejected
-rows the soft tokens are rolled out over the same cache, and learn twice: by distillation, to say in the embedder's input
-space what the query means in canonical words; then by InfoNCE of the refined query over the whole corpus, where only one
-video answers. Rolled out from random weights they would stay inert for long.
+Where the rows come from is a `Source`'s to know: the rendered world's templates (`vsr1.train.templated`) or the files of a
+data set (`vsr1.train.annotated`). Cross-entropy teaches the reply. On the rows that refine, the soft tokens are rolled out
+over the same cache, and learn twice: by distillation, where the source knows what the query means, to say that in the
+embedder's input space; then by InfoNCE of the refined query, over the whole corpus or a row's hard negatives. Rolled out
+from random weights they would stay inert for long.
+
+A step's rows go through the model in parts of at most `pack_tokens` tokens, whose losses add up to that of the step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from random import Random
-from typing import Any
+from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from vsr1.agent import protocol
 from vsr1.agent.generate import soft_tokens
-from vsr1.data.rationale import judge
-from vsr1.data.scene import Scene
-from vsr1.data.vocabulary import ATTRIBUTES, canonical_rewrite, sentence
-from vsr1.data.world import World, WorldQuery
 from vsr1.models import backbone
 from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
-from vsr1.models.vision import VideoFeatures
-from vsr1.ops.corpus_scan import info_nce, scan
+from vsr1.ops.corpus_scan import info_nce
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 from vsr1.train.losses import as_numbers, distillation_loss, sft_loss
@@ -40,7 +33,10 @@ from vsr1.train.losses import as_numbers, distillation_loss, sft_loss
 class SftTraining:
     """optimisation; rows a step; share of matched rows; depth of the confusions; weights of token kinds and losses.
 
-    refine_from: the share of steps after which the soft tokens learn; contrast_from: after which InfoNCE joins.
+    refine: which rows roll out soft tokens, those of rejected videos or all, at most `refine_rows` a step; refine_from: the
+    share of steps after which they learn; contrast_from: after which InfoNCE joins. negatives: so many hard negatives a row
+    stand against the right video in InfoNCE; 0: the whole corpus does. pack_tokens: most tokens of one forward and backward
+    pass (a single row may be longer).
     """
 
     optimisation: Optimisation = field(default_factory=lambda: Optimisation(steps=360, learning_rate=1.5e-3))
@@ -50,43 +46,45 @@ class SftTraining:
     confusions: int = 10
     answer_weight: float = 4.0
     mark_weight: float = 4.0
+    refine: Literal["rejected", "all"] = "rejected"
     refine_from: float = 0.7
     contrast_from: float = 1.0
     refine_rows: int = 12
     distillation_weight: float = 1.0
     contrast_weight: float = 0.3
     temperature: float = 0.05
+    negatives: int = 0
+    pack_tokens: int = 65536
 
 
 @dataclass(frozen=True)
 class Example:
     """One supervised row: the prompt with its reply (without the turn-closing token), the reply's ids and weights; the
-    query's words, and what they mean."""
+    query's words and the video they ask about; corpus rows of hard negatives, where the source has any."""
 
     row: Row
     reply: tuple[int, ...]
     weights: tuple[float, ...]
     matched: bool
     text: str
-    attributes: dict[str, str]
     video_id: str
+    negatives: tuple[int, ...] = ()
 
 
-def build(
-    policy: Policy,
-    text: str,
-    attributes: dict[str, str],
-    video_id: str,
-    shown: Scene,
-    video: VideoFeatures,
-    settings: SftTraining,
-) -> Example:
-    """The supervised row of a query (`text`, meaning `attributes`, asked about `video_id`) before `shown`."""
-    reply = judge(attributes, shown)
-    prompt = protocol.prompt(policy.tokenizer, text, video, system=policy.settings.system)
-    ids, weights = reply_tokens(policy, protocol.render(reply), settings)
-    row = Row((*prompt.token_ids, *ids[:-1]), video)
-    return Example(row, ids, weights, reply.answer == "matched", text, attributes, video_id)
+class Source(Protocol):
+    """Where the rows of the steps come from; what a step holds depends on its number alone."""
+
+    def draw(self, index: int) -> Sequence[Any]:
+        """The rows of step `index`, `Example`s."""
+
+    def expect(self, index: int) -> None:
+        """Step `index` is the next one: have its videos decoded meanwhile."""
+
+    def has_one_answer(self, example: Any) -> bool:
+        """Whether only one video of the corpus shows what the example asks for."""
+
+    def meanings(self, examples: Sequence[Any]) -> Tensor | None:
+        """What the queries of these rows mean, in the embedder's input space (R, n, E); None where that is not known."""
 
 
 def reply_tokens(policy: Policy, text: str, settings: SftTraining) -> tuple[tuple[int, ...], tuple[float, ...]]:
@@ -105,114 +103,113 @@ def reply_tokens(policy: Policy, text: str, settings: SftTraining) -> tuple[tupl
     return tuple(ids), tuple(weights)
 
 
-@dataclass(frozen=True)
-class Questions:
-    """What the rows of a step ask, the matched ones first: the event (a scene and its number), the words, the video shown."""
-
-    asked: list[tuple[Scene, int]]
-    texts: list[str]
-    shown: list[str]
-
-
-class Examples:
-    """Draws the rows of a step from all training videos."""
-
-    def __init__(
-        self, policy: Policy, embedder: Embedder, world: World, shelf: Shelf, settings: SftTraining, seed: int
-    ) -> None:
-        self.policy, self.embedder, self.shelf, self.settings, self.seed = policy, embedder, shelf, settings, seed
-        self.rare_fraction = world.config.rare_fraction
-        self.scenes = {scene.video_id: scene for scene in world.scenes("train")}
-        self.events = [(scene, number) for scene in self.scenes.values() for number in range(len(scene.events))]
-        answers: dict[tuple[str, ...], set[str]] = {}
-        for scene, number in self.events:
-            answers.setdefault(_key(scene.attributes(number)), set()).add(scene.video_id)
-        self._answers = {key: len(found) for key, found in answers.items()}
-        self._expected: dict[int, Questions] = {}
-
-    def has_one_answer(self, example: Example) -> bool:
-        """Whether only one training video shows what the example asks for."""
-        return self._answers[_key(example.attributes)] == 1
-
-    def draw(self, index: int) -> list[Example]:
-        """The rows of step `index`, the matched ones first."""
-        questions = self._expected.pop(index, None) or self.ask(index)
-        videos = self.shelf.features(questions.shown)
-        return [
-            build(self.policy, text, one.attributes(number), one.video_id, self.scenes[shown], video, self.settings)
-            for (one, number), text, shown, video in zip(
-                questions.asked, questions.texts, questions.shown, videos, strict=True
-            )
-        ]
-
-    def expect(self, index: int) -> None:
-        """Step `index` is the next one: have its videos decoded meanwhile."""
-        self._expected[index] = self.ask(index)
-        self.shelf.expect(self._expected[index].shown)
-
-    def ask(self, index: int) -> Questions:
-        """The questions of step `index`."""
-        settings, names = self.settings, self.shelf.video_ids
-        rng, words = np.random.default_rng((self.seed, 3, index)), Random(f"{self.seed} sft {index}")
-        pick = rng.choice(len(self.events), min(settings.batch, len(self.events)), replace=False)
-        asked = [self.events[i] for i in pick]
-        texts = [sentence(one.attributes(number), words, rare_fraction=self.rare_fraction) for one, number in asked]
-        right = round(settings.matched * len(asked))
-        shown = [scene.video_id for scene, _ in asked[:right]]
-        with torch.no_grad():
-            vectors = self.embedder.embed_texts(texts[right:])
-        own = torch.tensor([[self.shelf.row(scene.video_id)] for scene, _ in asked[right:]], device=vectors.device)
-        nearest = scan(
-            vectors, self.shelf.matrix(), k=min(settings.confusions, len(names) - 1), exclude=own
-        ).ids.tolist()
-        depths = rng.exponential(settings.confusions / 4, len(nearest))
-        shown += [names[near[min(int(depth), len(near) - 1)]] for near, depth in zip(nearest, depths, strict=True)]
-        return Questions(asked, texts, shown)
-
-
-def _key(attributes: dict[str, str]) -> tuple[str, ...]:
-    return tuple(attributes[name] for name in ATTRIBUTES)
-
-
 def train_sft(
-    policy: Policy, embedder: Embedder, world: World, shelf: Shelf, settings: SftTraining, seed: int, keeper: Keeper
+    policy: Policy, embedder: Embedder, source: Source, shelf: Shelf, settings: SftTraining, keeper: Keeper
 ) -> None:
     """Train `policy` (its vision tower stays frozen); `shelf` is the corpus of all training videos."""
-    examples = Examples(policy, embedder, world, shelf, settings, seed)
-    matrix = shelf.matrix()
+    stage = _Stage(policy, embedder, source, shelf, settings)
     total = settings.optimisation.steps
 
     def step(index: int) -> StepResult:
-        drawn = examples.draw(index)
+        drawn = source.draw(index)
         if index + 1 < total:
-            examples.expect(index + 1)
-        refining = index >= settings.refine_from * total
-        hidden, state = backbone.run(policy.model.model, [one.row for one in drawn], keep_cache=refining)
-        loss = say_loss(policy, hidden, drawn)
-        numbers = {"say": loss}
-        rows = [row for row, one in enumerate(drawn) if not one.matched][: settings.refine_rows]
-        if refining and rows:
-            assert state is not None
-            chosen = torch.tensor(rows, device=hidden.device)
-            soft = soft_tokens(policy, hidden[chosen, -1], state.select(chosen))
-            entering = policy.head.soft_tokens(soft.actions)
-            asked = [drawn[row] for row in rows]
-            distil = distillation_loss(entering, canonical_embeddings(embedder, [one.attributes for one in asked]))
-            loss = loss + settings.distillation_weight * distil
-            numbers["distillation"] = distil
-            unique = [row for row, one in enumerate(asked) if examples.has_one_answer(one)]
-            if index >= settings.contrast_from * total and unique:
-                clear = torch.tensor(unique, device=hidden.device)
-                refined = embedder.embed_texts([one.text for one in asked], entering)[clear]
-                positive = torch.tensor([shelf.row(asked[row].video_id) for row in unique], device=hidden.device)
-                contrast = info_nce(refined, matrix, positive, settings.temperature).mean()
-                loss = loss + settings.contrast_weight * contrast
-                numbers["contrast"] = contrast
-        return loss, as_numbers(**numbers)
+            source.expect(index + 1)
+        numbers: dict[str, float] = {}
+        refining, contrasting = (index >= share * total for share in (settings.refine_from, settings.contrast_from))
+        return stage.losses(drawn, refining, refining and contrasting, numbers), numbers
 
     groups = trainable(policy, settings.head_learning_rate)
     train("sft", policy, groups, step, settings.optimisation, keeper)
     policy.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """What a step averages over: weights of tokens, rows that refine, and those of them that InfoNCE can teach."""
+
+    weight: float
+    refined: int
+    contrasted: int
+
+
+@dataclass(frozen=True)
+class _Stage:
+    policy: Policy
+    embedder: Embedder
+    source: Source
+    shelf: Shelf
+    settings: SftTraining
+
+    def losses(
+        self, drawn: Sequence[Example], refining: bool, contrasting: bool, numbers: dict[str, float]
+    ) -> Iterator[Tensor]:
+        """The losses of the parts of a step; they add up to that of the step. `numbers` gets what is to be logged."""
+        refined = [place for place, one in enumerate(drawn) if refining and self._refines(one)]
+        refined = refined[: self.settings.refine_rows]
+        clear = [place for place in refined if contrasting and self.source.has_one_answer(drawn[place])]
+        totals = _Totals(sum(sum(one.weights) for one in drawn), len(refined), len(clear))
+        for part in _parts(drawn, self.settings.pack_tokens):
+            inside = [place - part.start for place in refined if place in part]
+            unique = [row for row, place in enumerate(p for p in refined if p in part) if place in clear]
+            loss, found = self._loss([drawn[place] for place in part], inside, unique, totals)
+            for name, value in as_numbers(**found).items():
+                numbers[name] = numbers.get(name, 0.0) + value
+            yield loss
+
+    def _refines(self, one: Example) -> bool:
+        asks = self.policy.refine_id == one.row.token_ids[-1]  # behind it the soft tokens begin
+        return asks and (self.settings.refine == "all" or not one.matched)
+
+    def _loss(
+        self, drawn: Sequence[Example], rows: Sequence[int], unique: Sequence[int], totals: _Totals
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """A part's share of the losses. rows: those of `drawn` that refine; unique: of these, those with one answer."""
+        policy, settings = self.policy, self.settings
+        model, normed = policy.model.model, policy.settings.first_latent == "normed"
+        hidden, state = backbone.run(model, [one.row for one in drawn], keep_cache=bool(rows), normed=normed)
+        spoken = hidden if normed else model.language_model.norm(hidden)
+        loss = say_loss(policy, spoken, drawn) * (sum(sum(one.weights) for one in drawn) / totals.weight)
+        numbers = {"say": loss}
+        if not rows:
+            return loss, numbers
+        assert state is not None
+        chosen = torch.tensor(rows, device=hidden.device)
+        soft = soft_tokens(policy, hidden[chosen, -1], state.select(chosen))
+        entering = policy.head.soft_tokens(soft.actions)
+        asked = [drawn[row] for row in rows]
+        target = self.source.meanings(asked)
+        if target is not None and settings.distillation_weight:
+            distil = distillation_loss(entering, target) * (len(rows) / totals.refined)
+            loss = loss + settings.distillation_weight * distil
+            numbers["distillation"] = distil
+        if unique:
+            refined = self.embedder.embed_texts([one.text for one in asked], entering)[list(unique)]
+            contrast = self._contrast(refined, [asked[row] for row in unique]) * (len(unique) / totals.contrasted)
+            loss = loss + settings.contrast_weight * contrast
+            numbers["contrast"] = contrast
+        return loss, numbers
+
+    def _contrast(self, refined: Tensor, asked: Sequence[Example]) -> Tensor:
+        """Mean InfoNCE of refined queries (R, D), against the whole corpus or each one's own negatives."""
+        settings, matrix = self.settings, self.shelf.matrix()
+        positive = torch.tensor([self.shelf.row(one.video_id) for one in asked], device=refined.device)
+        if not settings.negatives:
+            return info_nce(refined, matrix, positive, settings.temperature).mean()
+        others = torch.tensor([one.negatives for one in asked], device=positive.device)
+        against = matrix.rows[torch.cat([positive[:, None], others], 1)].to(refined.dtype)
+        logits = (against @ refined[:, :, None])[..., 0] / settings.temperature
+        return -logits.log_softmax(-1)[:, 0].mean()
+
+
+def _parts(drawn: Sequence[Example], most: int) -> Iterator[range]:
+    """Neighbouring rows whose padded tokens are at most `most`; a longer row is a part of its own."""
+    begin, longest = 0, 0
+    for place, one in enumerate(drawn):
+        longest = max(longest, len(one.row))
+        if place > begin and longest * (place + 1 - begin) > most:
+            yield range(begin, place)
+            begin, longest = place, len(one.row)
+    yield range(begin, len(drawn))
 
 
 def trainable(policy: Policy, head_learning_rate: float, *, adapters: bool = False) -> list[dict[str, Any]]:
@@ -233,24 +230,3 @@ def say_loss(policy: Policy, hidden: Tensor, examples: Sequence[Example]) -> Ten
     weight = torch.tensor([value for one in examples for value in one.weights], device=hidden.device)
     logp = backbone.spoken_logps(hidden, policy.model.lm_head.weight, replies, last_is_fed=False)
     return sft_loss(logp[None], weight[None])
-
-
-@torch.no_grad()
-def canonical_embeddings(embedder: Embedder, attributes: Sequence[dict[str, str]]) -> Tensor:
-    """The embedder's own token embeddings of the canonical words of each query: (Q, words, E)."""
-    ids = []
-    for one in attributes:
-        words = [
-            embedder.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
-            for word in canonical_rewrite(one).split()
-        ]
-        if any(len(word) != 1 for word in words):
-            raise ValueError(f"distillation needs canonical words of one token each; got {canonical_rewrite(one)!r}")
-        ids.append([word[0] for word in words])
-    return embedder.model.get_input_embeddings()(torch.tensor(ids, device=embedder.videos.device))
-
-
-def meanings(embedder: Embedder, queries: Sequence[WorldQuery]) -> dict[str, Tensor]:
-    """`canonical_embeddings` (words, E) of queries by their id: what stage 2 distils onto."""
-    embeddings = canonical_embeddings(embedder, [query.attributes for query in queries])
-    return {query.moment.query_id: one for query, one in zip(queries, embeddings, strict=True)}

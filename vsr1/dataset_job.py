@@ -1,0 +1,174 @@
+"""A run on an annotated data set: pretrained models, its own videos and queries, the files that `vsr1 data` made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vsr1.config import DATASET_STAGES, DatasetConfig
+from vsr1.corpus import Corpus
+from vsr1.data.annotations import read_rows
+from vsr1.data.layout import Layout, dataset
+from vsr1.data.rows import protocol_text, read_grpo, read_hard_negatives, read_sft
+from vsr1.data.validation import validate_file
+from vsr1.errors import ConfigError
+from vsr1.models.embedder import Embedder
+from vsr1.models.policy import Policy
+from vsr1.records import Moment
+from vsr1.stages import Job, Shelves
+from vsr1.train.annotated import Annotated
+from vsr1.train.library import Shelf
+from vsr1.train.monitor import Monitor
+
+
+class DatasetJob(Job):
+    """Nothing is made here but the policy: data and embedder are given."""
+
+    stages = DATASET_STAGES
+    config: DatasetConfig
+
+    def __init__(self, config: DatasetConfig, monitor: Monitor) -> None:
+        for stage in (config.sft, config.grpo):
+            if config.max_steps:
+                stage.optimisation.steps = min(stage.optimisation.steps, config.max_steps)
+        super().__init__(config, monitor)
+        self.data = dataset(config.dataset)
+        self.layout = Layout(config.root)
+        self.split = self.data.test
+        self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
+            config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        )
+        self._embedder: Embedder | None = None
+        self._moments: dict[str, list[Moment]] = {}
+
+    def run_data(self) -> None:
+        """See that everything is there before hours are spent, and say what there is."""
+        missing = [
+            path
+            for path in (
+                self.layout.annotations(self.data.train),
+                self.layout.annotations(self.data.test),
+                *(self.layout.corpus(split) for split in self._splits()),
+                self.layout.sft,
+            )
+            if not path.exists()
+        ]
+        if missing:
+            raise ConfigError(
+                f"data set '{self.data.name}' below '{self.config.root}' lacks {', '.join(map(repr, map(str, missing)))}; "
+                f"make them with `vsr1 data build {self.data.name} --root {self.config.root}` (or `vsr1 data import`)"
+            )
+        embedder = self.embedder()
+        for split in self._splits():
+            count = len(Corpus.open(self.layout.corpus(split), embedder.identity))
+            self.monitor.say(f"{split}: {count} videos")
+        for name, what in (("grpo", "to train on"), ("validation", "held out"), ("test", "to be tested")):
+            self.monitor.say(f"{len(self.moments(name))} queries {what}")
+
+    def _splits(self) -> list[str]:
+        return [self.data.train, *([self.data.validation] if self.data.validation else []), self.data.test]
+
+    def embedder(self) -> Embedder:
+        if self._embedder is None:
+            embedder = Embedder.from_pretrained(self.config.embedder, dtype=self.dtype)
+            embedder.videos.workers = self.workers
+            self._embedder = embedder.to(self.device).eval().requires_grad_(False)
+        return self._embedder
+
+    def start(self, embedder: Embedder) -> Policy:
+        torch.manual_seed(self.config.seed)  # a plain checkpoint gets a fresh refine head
+        settings: dict[str, Any] = {"soft_size": embedder.dimension, "embedder_size": embedder.width}
+        known = protocol_text(Path(self.config.protocol_from) if self.config.protocol_from else self.layout.sft)
+        if known is not None:
+            settings["system"] = known
+        policy = Policy.from_pretrained(self.config.policy, settings=settings, dtype=self.dtype)
+        policy.videos.workers = self.workers
+        return policy.to(self.device)
+
+    def load(self, path: Path, embedder: Embedder) -> Policy:
+        """With its own tower and mergers: a released policy's are not the embedder's."""
+        policy = Policy.from_pretrained(path)
+        policy.videos.workers = self.workers
+        return policy
+
+    def shelf(self, name: Shelves, embedder: Embedder, policy: Policy) -> Shelf:
+        split = self.data.train
+        if name == "test":
+            split = self.data.test
+        elif name == "validation" and self.data.validation:
+            split = self.data.validation
+        return Shelf(Corpus.open(self.layout.corpus(split), embedder.identity), policy.videos)
+
+    def moments(self, name: Shelves) -> list[Moment]:
+        if name in self._moments:
+            return self._moments[name]
+        if name == "test":
+            found = self._annotated(self.data.test)
+        elif name == "validation" and self.data.validation:
+            found = self._annotated(self.data.validation)
+        else:
+            kept = self._held_out()
+            inside = name == "validation"
+            found = [one for one in self._training() if (one.video_id in kept) == inside]
+        self._moments[name] = found
+        return found
+
+    def _annotated(self, split: str) -> list[Moment]:
+        """The queries of a split that can be used; what was mended or refused is counted."""
+        path = self.layout.annotations(split)
+        corpus = Corpus.open(self.layout.corpus(split))
+        report = validate_file(path, videos=corpus.video_ids)
+        if len(report.moments) < report.rows:
+            refused = report.rows - len(report.moments)
+            self.monitor.say(f"{split}: {refused} of {report.rows} queries cannot be used (vsr1 data check '{path}')")
+        return report.moments
+
+    def _training(self) -> list[Moment]:
+        """Every training query once: of the GRPO file, or, where there is none, of the annotations."""
+        if not self.layout.grpo.is_file():
+            return self._annotated(self.data.train)
+        return [
+            Moment(row.query_id, row.query, row.video_id, row.start, row.end, row.duration)
+            for row in read_grpo(self.layout.grpo)
+            if not row.augmented
+        ]
+
+    def _held_out(self) -> set[str]:
+        """Training videos kept out of training: enough for `hold_out` queries, at most a tenth; none where the data set has a
+        split for it. Which they are depends on their names alone."""
+        if self.data.validation:
+            return set()
+        moments = self._training()
+        wanted = min(self.config.hold_out, len(moments) // 10)
+        counts: dict[str, int] = {}
+        for one in moments:
+            counts[str(one.video_id)] = counts.get(str(one.video_id), 0) + 1
+        kept: set[str] = set()
+        for video_id in sorted(counts, key=lambda name: hashlib.sha256(name.encode()).digest()):
+            if sum(counts[one] for one in kept) >= wanted:
+                break
+            kept.add(video_id)
+        return kept
+
+    def source(self, policy: Policy, embedder: Embedder, shelf: Shelf) -> Annotated:
+        kept = self._held_out()
+        rows = [row for row in read_sft(self.layout.sft) if row.video_id not in kept]
+        settings = self.config.sft
+        negatives = None
+        if settings.negatives:
+            if not self.layout.hard_negatives.is_file():
+                raise ConfigError(f"sft.negatives needs '{self.layout.hard_negatives}'; or set it to 0: the whole corpus")
+            negatives = read_hard_negatives(self.layout.hard_negatives)
+        source = Annotated(policy, rows, shelf, settings, self.config.seed, negatives)
+        if source.left_out:
+            self.monitor.say(f"{source.left_out} of {len(rows)} SFT rows speak of videos outside the corpus: left out")
+        return source
+
+    def video_path(self, video_id: str) -> Path:
+        return Path(Corpus.open(self.layout.corpus(self.data.test)).path(video_id))
+
+    def facts(self) -> dict[str, Any]:
+        return {"dataset": self.data.name, "policy": self.config.policy, "embedder": self.config.embedder}
