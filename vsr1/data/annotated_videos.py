@@ -21,7 +21,8 @@ from vsr1.errors import ConfigError
 EXTENSIONS: Final = (
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".m2ts", ".mts", ".wmv", ".flv", ".3gp", ".ogv",
 )  # fmt: skip
-_ENDINGS: Final = (*EXTENSIONS, ".3g2", ".")  # what DiDeMo's names of videos end in besides
+_ENDINGS: Final = (*EXTENSIONS, ".npy", ".3g2", ".")  # frame arrays, and what DiDeMo's names of videos end in besides
+META: Final = "meta.jsonl"  # beside frame arrays; an .npy without it is not taken for a video
 ID_COLUMNS: Final = ("id", "video", "video_id")
 LENGTH_COLUMNS: Final = ("length", "duration", "seconds")
 
@@ -44,7 +45,7 @@ class Videos:
             names = [os.fspath(video) for video in videos]
             self._source = "that were given"
         self._names: dict[str, str] = {}
-        for spelled in (os.fspath, _plain):  # a name as it is goes before one that is only alike
+        for spelled in (os.fspath, plain_name):  # a name as it is goes before one that is only alike
             for name in names:
                 self._names.setdefault(spelled(name), name)
         self._count = len(names)
@@ -54,10 +55,10 @@ class Videos:
 
     def find(self, video_id: str) -> str | None:
         """The path or id that was given for this video, or None."""
-        return self._names.get(video_id) or self._names.get(_plain(video_id))
+        return self._names.get(video_id) or self._names.get(plain_name(video_id))
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """A name without folders, and without an ending if it is a video's: ids hold dots, too (`x_60.0_210.0`)."""
     name = os.path.basename(name)
     stem, ending = os.path.splitext(name)
@@ -75,7 +76,8 @@ def _files(folder: Path) -> Iterator[str]:
             continue
         entered.add(real)
         folders.sort()
-        yield from (os.path.join(place, name) for name in sorted(files) if name.lower().endswith(EXTENSIONS))
+        endings = (*EXTENSIONS, ".npy") if META in files else EXTENSIONS
+        yield from (os.path.join(place, name) for name in sorted(files) if name.lower().endswith(endings))
 
 
 def probed(videos: Videos) -> Callable[[str], float | None]:
@@ -107,8 +109,8 @@ def lengths(durations: Lengths | None) -> Callable[[str], float | None]:
     if durations is None:
         return lambda video_id: None
     known = dict(durations if isinstance(durations, Mapping) else _read_durations(durations))
-    alike = {_plain(video): seconds for video, seconds in known.items()}
-    return lambda video_id: known.get(video_id, alike.get(_plain(video_id)))
+    alike = {plain_name(video): seconds for video, seconds in known.items()}
+    return lambda video_id: known.get(video_id, alike.get(plain_name(video_id)))
 
 
 def _read_durations(path: str | os.PathLike[str]) -> Iterator[tuple[str, float]]:
