@@ -31,7 +31,8 @@ FLOORS = {
 }
 # The top floor is one room: the modules people start, and what they share.
 COMMANDS = {"cli", "command", "indexing", "evaluating", "datasets"}
-TOP = COMMANDS | {"serve", "config", "job", "engine", "doctor", "__main__", "__init__"}
+RUNS = {"config", "presets", "stages", "job", "world_job", "dataset_job", "engine"}
+TOP = COMMANDS | RUNS | {"serve", "doctor", "__main__", "__init__"}
 
 
 def floor_and_room(module: str) -> tuple[int, str]:

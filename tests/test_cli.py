@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from vsr1 import cli, config, job
+from vsr1 import cli, config, job, presets
 from vsr1.data import world
 from vsr1.errors import ConfigError
 from vsr1.train import checkpoint
 from vsr1.train.loop import Interrupted
+from vsr1.world_job import WorldJob
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def test_run_folder_that_cannot_be_written(one_line: Callable[..., str], monkeyp
 
 def claimed(name: str) -> Path:
     """A quick run folder that was claimed and then left alone."""
-    settings = config.preset("quick")
+    settings = presets.preset("quick")
     settings.run = Path(name)
     job.claim(settings)
     return settings.run
@@ -153,7 +154,7 @@ def test_run_folder_of_other_settings_names_the_key(one_line: Callable[..., str]
 def test_what_does_not_change_the_result_may_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = contents(claimed("run"))
-    settings = config.preset("quick")
+    settings = presets.preset("quick")
     settings.run, settings.stage, settings.workers, settings.checkpoint_every = Path("run"), "world", 1, 1.0
     job.claim(settings)
     assert contents(Path("run")) == before
@@ -208,16 +209,16 @@ def test_help_of_train_lists_presets_and_flags(capsys: pytest.CaptureFixture[str
         cli.main(["train", "--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
-    assert all(name in said.splitlines()[0] for name in config.PRESETS)
+    assert all(name in said.splitlines()[0] for name in presets.names())
     assert "--sft.optimisation.learning-rate" in said
 
 
 def test_flags_change_single_settings_of_the_preset() -> None:
     found = cli.parse_train(["--preset", "quick", "--run", "there", "--sft.batch", "6", "--seed", "5"])
-    expected = config.preset("quick")
+    expected = presets.preset("quick")
     expected.run, expected.sft.batch, expected.seed = Path("there"), 6, 5
     assert found == expected
-    assert cli.parse_train([]) == config.preset("tiny")
+    assert cli.parse_train([]) == presets.preset("tiny")
 
 
 def test_rewards_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +228,7 @@ def test_rewards_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "rewards_of_mine.py").write_text("def short(trajectory, context):\n    return 1.0\n")
     flags = ["--reward", "rewards_of_mine:short", "--reward", "answer=2.5", "--grpo.rewards.found", "0.25"]
     chosen = cli.parse_train(["--quick", *flags, "--run", "new"])
-    before = config.preset("quick").grpo.rewards
+    before = presets.preset("quick").grpo.rewards
     assert chosen.grpo.rewards == before | {"rewards_of_mine:short": 1.0, "answer": 2.5, "found": 0.25}
     job.claim(chosen)
     assert config.load(Path("new/config.yaml")) == chosen
@@ -301,7 +302,7 @@ def test_a_full_disk_keeps_the_earlier_checkpoint(
         checkpoint.save(self.keeper.folder, "sft", 2, model, optimizers)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job.Job, "world", stage)
+    monkeypatch.setattr(WorldJob, "run_world", stage)
     assert cli.main(["train", "--quick", "--run", "run"]) == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1
@@ -319,7 +320,7 @@ def test_other_errors_are_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise RuntimeError("a mistake of ours")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(job.Job, "world", stage)
+    monkeypatch.setattr(WorldJob, "run_world", stage)
     with pytest.raises(RuntimeError, match="a mistake of ours"):
         cli.main(["train", "--quick", "--run", "run"])
 

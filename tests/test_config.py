@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from vsr1 import config as configuration
-from vsr1.config import PRESETS, RunConfig, check, from_dict, load, preset, save, to_dict
+from vsr1.config import RunConfig, check, from_dict, load, save, to_dict
 from vsr1.errors import ConfigError
+from vsr1.presets import names, preset
 
 
 def changed(dotted: str, value: Any, name: str = "tiny") -> dict[str, Any]:
@@ -22,7 +23,7 @@ def changed(dotted: str, value: Any, name: str = "tiny") -> dict[str, Any]:
     return values
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", names())
 def test_every_preset_is_valid_and_survives_the_disk(name: str, tmp_path: Path) -> None:
     before = preset(name)
     check(before)
@@ -30,7 +31,6 @@ def test_every_preset_is_valid_and_survives_the_disk(name: str, tmp_path: Path) 
     after = load(tmp_path / "config.yaml")
     assert after == before
     assert isinstance(after.run, Path)
-    assert after.world == before.world
     assert after.grpo.rewards == before.grpo.rewards
 
 
@@ -50,8 +50,25 @@ def test_a_preset_is_a_fresh_copy() -> None:
 
 
 def test_an_unknown_preset_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'enormous'.*tiny.*quick"):
+    with pytest.raises(ConfigError, match=r"'enormous'.*tiny.*quick.*charades.*activitynet-4b"):
         preset("enormous")
+
+
+@pytest.mark.parametrize("memory", [24, 80])
+@pytest.mark.parametrize("name", ["charades", "didemo-4b", "activitynet"])
+def test_recipes_of_data_sets_are_valid_and_survive_the_disk(name: str, memory: int, tmp_path: Path) -> None:
+    ours, theirs = (preset(name, published=published, memory=memory) for published in (False, True))
+    for one in (ours, theirs):
+        check(one)
+        save(one, tmp_path / "config.yaml")
+        assert load(tmp_path / "config.yaml") == one
+    assert (ours.sft.negatives, theirs.sft.negatives) == (0, 24)
+    assert bool(ours.grpo.lora_rank) == (memory == 24 or name.endswith("4b"))
+
+
+def test_the_rendered_world_has_no_published_recipe() -> None:
+    with pytest.raises(ConfigError, match="--published"):
+        preset("tiny", published=True)
 
 
 def test_missing_keys_take_their_defaults() -> None:

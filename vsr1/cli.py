@@ -56,28 +56,34 @@ def train(argv: Sequence[str]) -> int:
 
 
 def parse_train(argv: Sequence[str]):  # type: ignore[no-untyped-def]
-    """Flags -> `RunConfig`: `--preset NAME` or `--quick` choose the tree, `--reward NAME=WEIGHT` adds a reward or changes its
-    weight, every other flag changes one field."""
+    """Flags -> `RunConfig` or `DatasetConfig`: `--preset NAME` (for a data set with `--published`, `--memory GB`) or `--quick`
+    choose the tree, `--reward NAME=WEIGHT` adds a reward or changes its weight, every other flag changes one field."""
     import tyro
 
-    from vsr1 import config
+    from vsr1 import config, presets
 
     first = Parser(prog="vsr1 train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default=None)
     first.add_argument("--quick", action="store_true")
+    first.add_argument("--published", action="store_true")
+    first.add_argument("--memory", type=int, default=None)
     first.add_argument("--reward", action="append", default=[])
     chosen, rest = first.parse_known_args(list(argv))
     if chosen.quick and chosen.preset not in (None, "quick"):
         raise ConfigError(f"--quick is a preset of its own; leave out --preset {chosen.preset}")
-    default = config.preset("quick" if chosen.quick else chosen.preset or "tiny")
+    name = "quick" if chosen.quick else chosen.preset or "tiny"
+    default = presets.preset(name, published=chosen.published, memory=chosen.memory)
     if {"-h", "--help"} & set(rest):
-        print(f"presets (--preset NAME, default tiny; --quick is one of them): {', '.join(config.PRESETS)}")
+        print(f"presets (--preset NAME, default tiny; --quick is one of them): {', '.join(presets.names())}")
+        print(
+            "of the data sets' presets: --published (hyper-parameters of the public code), --memory GB (of a GPU; 80)"
+        )
         print("rewards of your own (as often as you like): --reward my.module:function=WEIGHT (1 if left out)\n")
-        return tyro.cli(config.RunConfig, args=rest, default=default, prog="vsr1 train")
+        return tyro.cli(type(default), args=rest, default=default, prog="vsr1 train")
     heard = io.StringIO()
     try:
         with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard):
-            parsed = tyro.cli(config.RunConfig, args=rest, default=default, prog="vsr1 train")
+            parsed = tyro.cli(type(default), args=rest, default=default, prog="vsr1 train")
     except SystemExit as error:
         # tyro draws its message in a box of several lines; ours is one
         text = " ".join(re.sub(r"[╭╮╰╯│─]+", " ", heard.getvalue()).split())

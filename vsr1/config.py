@@ -24,7 +24,6 @@ from vsr1.eval.evaluate import EvaluationSettings
 from vsr1.models.tiny import TinyConfig
 from vsr1.train.embedder import EmbedderTraining
 from vsr1.train.grpo import GrpoTraining
-from vsr1.train.loop import Optimisation
 from vsr1.train.rewards import reward_function
 from vsr1.train.sft import SftTraining
 from vsr1.train.vision import VisionTraining
@@ -82,6 +81,8 @@ class DatasetConfig(JobConfig):
     """precision of the policy and the embedder; "auto": bfloat16 on a GPU, float32 on the CPU"""
     max_steps: int = 0
     """end each training stage after so many steps (0: after as many as it is set to)"""
+    checkpointing: bool = False
+    """compute activations again in the backward pass instead of keeping them"""
     hold_out: int = 200
     """queries kept from training to calibrate and watch it, where the data set has no validation split"""
 
@@ -185,7 +186,7 @@ _NOT_BELOW_ZERO = (
     *("seed", "workers", "evaluation.queries", "evaluation.calibration", "vision.shape_weight", "embedder.backgrounds"),
     *("grpo.sigma", "grpo.beta", "grpo.latent_beta", "grpo.latent_weight", "grpo.contrast_weight", "grpo.clip_high"),
     *("grpo.distillation_weight", "grpo.validate_every", "grpo.validation_queries", "grpo.lora_rank"),
-    *("max_steps", "hold_out", "sft.negatives"),
+    *("max_steps", "hold_out", "sft.negatives", "sft.lora_rank"),
     *("sft.answer_weight", "sft.mark_weight", "sft.distillation_weight", "sft.contrast_weight"),
     *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay", "muon")),
 )

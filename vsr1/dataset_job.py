@@ -10,7 +10,6 @@ import torch
 
 from vsr1.config import DATASET_STAGES, DatasetConfig
 from vsr1.corpus import Corpus
-from vsr1.data.annotations import read_rows
 from vsr1.data.layout import Layout, dataset
 from vsr1.data.rows import protocol_text, read_grpo, read_hard_negatives, read_sft
 from vsr1.data.validation import validate_file
@@ -22,6 +21,8 @@ from vsr1.stages import Job, Shelves
 from vsr1.train.annotated import Annotated
 from vsr1.train.library import Shelf
 from vsr1.train.monitor import Monitor
+
+_ASKED: tuple[Shelves, ...] = ("grpo", "validation", "test")
 
 
 class DatasetJob(Job):
@@ -37,7 +38,6 @@ class DatasetJob(Job):
         super().__init__(config, monitor)
         self.data = dataset(config.dataset)
         self.layout = Layout(config.root)
-        self.split = self.data.test
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
             config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32
         )
@@ -51,7 +51,7 @@ class DatasetJob(Job):
             for path in (
                 self.layout.annotations(self.data.train),
                 self.layout.annotations(self.data.test),
-                *(self.layout.corpus(split) for split in self._splits()),
+                *(self.layout.corpus(split) for split in self.data.splits),
                 self.layout.sft,
             )
             if not path.exists()
@@ -62,14 +62,11 @@ class DatasetJob(Job):
                 f"make them with `vsr1 data build {self.data.name} --root {self.config.root}` (or `vsr1 data import`)"
             )
         embedder = self.embedder()
-        for split in self._splits():
+        for split in self.data.splits:
             count = len(Corpus.open(self.layout.corpus(split), embedder.identity))
             self.monitor.say(f"{split}: {count} videos")
-        for name, what in (("grpo", "to train on"), ("validation", "held out"), ("test", "to be tested")):
-            self.monitor.say(f"{len(self.moments(name))} queries {what}")
-
-    def _splits(self) -> list[str]:
-        return [self.data.train, *([self.data.validation] if self.data.validation else []), self.data.test]
+        train, kept, test = (len(self.moments(name)) for name in _ASKED)
+        self.monitor.say(f"{train} queries to train on, {kept} held out, {test} to be tested")
 
     def embedder(self) -> Embedder:
         if self._embedder is None:
@@ -80,10 +77,11 @@ class DatasetJob(Job):
 
     def start(self, embedder: Embedder) -> Policy:
         torch.manual_seed(self.config.seed)  # a plain checkpoint gets a fresh refine head
-        settings: dict[str, Any] = {"soft_size": embedder.dimension, "embedder_size": embedder.width}
-        known = protocol_text(Path(self.config.protocol_from) if self.config.protocol_from else self.layout.sft)
-        if known is not None:
-            settings["system"] = known
+        settings = {
+            "soft_size": embedder.dimension,
+            "embedder_size": embedder.model.config.text_config.hidden_size,
+            "system": protocol_text(self.config.protocol_from or self.layout.sft),
+        }
         policy = Policy.from_pretrained(self.config.policy, settings=settings, dtype=self.dtype)
         policy.videos.workers = self.workers
         return policy.to(self.device)
@@ -160,7 +158,9 @@ class DatasetJob(Job):
         negatives = None
         if settings.negatives:
             if not self.layout.hard_negatives.is_file():
-                raise ConfigError(f"sft.negatives needs '{self.layout.hard_negatives}'; or set it to 0: the whole corpus")
+                raise ConfigError(
+                    f"sft.negatives needs '{self.layout.hard_negatives}'; or set it to 0: the whole corpus"
+                )
             negatives = read_hard_negatives(self.layout.hard_negatives)
         source = Annotated(policy, rows, shelf, settings, self.config.seed, negatives)
         if source.left_out:
@@ -171,4 +171,9 @@ class DatasetJob(Job):
         return Path(Corpus.open(self.layout.corpus(self.data.test)).path(video_id))
 
     def facts(self) -> dict[str, Any]:
-        return {"dataset": self.data.name, "policy": self.config.policy, "embedder": self.config.embedder}
+        return {
+            "split": self.data.test,
+            "dataset": self.data.name,
+            "policy": self.config.policy,
+            "embedder": self.config.embedder,
+        }

@@ -41,7 +41,7 @@ def quick() -> RunConfig:
 
 def dataset(name: str, size: str, *, published: bool = False, memory: int = 80) -> DatasetConfig:
     """The recipe of a data set for a model `size` ("2b", "4b"), on GPUs with so many GB of `memory`."""
-    sft, grpo = (_published(name) if published else _ours())
+    sft, grpo = _published(name) if published else _ours()
     room = next((part for most, part in _ROOM if memory <= most), _ROOM[-1][1])
     full = memory >= FULL_FROM[size]
     if not full:
@@ -63,7 +63,9 @@ def dataset(name: str, size: str, *, published: bool = False, memory: int = 80) 
 
 
 LORA_RANK = 64
-LORA_RATE = 10.0  # adapters bear about ten times the rate of full training (arXiv 2405.09673; schulman's "LoRA without regret")
+LORA_RATE = (
+    10.0  # adapters bear about ten times the rate of full training (arXiv 2405.09673; schulman's "LoRA without regret")
+)
 FULL_FROM = {"2b": 80, "4b": 141}  # GB of memory from which all weights train, by `vsr1 plan`
 _ROOM = ((24, 8192), (48, 16384), (80, 32768))  # GB of memory -> tokens of one forward and backward pass
 

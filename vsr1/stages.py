@@ -61,7 +61,6 @@ class Job(ABC):
     """The stages of one run: what all kinds of runs do alike. A subclass knows the videos, the queries and the models."""
 
     stages: ClassVar[tuple[str, ...]]
-    split: ClassVar[str] = "test"
 
     def __init__(self, config: JobConfig, monitor: Monitor) -> None:
         self.config = config
@@ -106,7 +105,7 @@ class Job(ABC):
 
     def facts(self) -> dict[str, Any]:
         """What `eval.json` says about the data."""
-        return {}
+        return {"split": "test"}
 
     def run(self) -> None:
         """All stages up to the configured one."""
@@ -241,7 +240,6 @@ class Job(ABC):
         difference["R@1 excluded"] = metrics.paired(now, before)
         result = {
             "seed": self.config.seed,
-            "split": self.split,
             **self.facts(),
             "queries": queries,
             "corpus_size": corpus_size,

@@ -14,11 +14,11 @@ from vsr1.config import WORLD_STAGES, RunConfig
 from vsr1.corpus import Corpus
 from vsr1.data.vocabulary import all_words
 from vsr1.data.world import World, build
-from vsr1.stages import Job, Shelves
 from vsr1.models.embedder import INSTRUCTION, Embedder
 from vsr1.models.policy import SHORT_SYSTEM, Policy
 from vsr1.models.tokenizer import train_tokenizer
 from vsr1.records import Moment
+from vsr1.stages import Job, Shelves
 from vsr1.train.embedder import train_embedder
 from vsr1.train.library import Shelf
 from vsr1.train.monitor import Monitor

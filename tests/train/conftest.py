@@ -9,12 +9,12 @@ import torch
 
 from vsr1.corpus import Corpus
 from vsr1.data.world import World, WorldConfig, build
-from vsr1.job import _texts
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.models.tiny import TinyConfig
 from vsr1.models.tokenizer import train_tokenizer
 from vsr1.train.library import Shelf
+from vsr1.world_job import tokenizer_texts
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def tiny_embedder() -> Embedder:
     torch.manual_seed(0)
     config = TinyConfig(hidden=64, layers=2, feed_forward=96, vision_hidden=32)
-    return Embedder.tiny(train_tokenizer(_texts()), config).eval().requires_grad_(False)
+    return Embedder.tiny(train_tokenizer(tokenizer_texts()), config).eval().requires_grad_(False)
 
 
 @pytest.fixture

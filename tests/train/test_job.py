@@ -150,9 +150,9 @@ def test_everything_is_written(run: Path) -> None:
 
 
 def test_the_config_loads_back(run: Path) -> None:
-    from vsr1 import config
+    from vsr1 import config, presets
 
-    expected = config.preset("quick")
+    expected = presets.preset("quick")
     expected.run = run
     assert config.load(run / "config.yaml") == expected
 

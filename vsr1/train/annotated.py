@@ -41,9 +41,13 @@ class Annotated:
         self.rows = [row for row in rows if row.shown in known and row.video_id in known]
         self.left_out = len(rows) - len(self.rows)
         if not self.rows:
-            raise ConfigError(f"none of the {len(rows)} SFT rows speaks of videos of the corpus: were both made together?")
+            raise ConfigError(
+                f"none of the {len(rows)} SFT rows speaks of videos of the corpus: were both made together?"
+            )
         if settings.negatives >= len(known):
-            raise ConfigError(f"sft.negatives is {settings.negatives}, and the corpus has {len(known)} videos: lower it")
+            raise ConfigError(
+                f"sft.negatives is {settings.negatives}, and the corpus has {len(known)} videos: lower it"
+            )
         answers: dict[str, set[str]] = {}
         for row in self.rows:
             answers.setdefault(row.query, set()).add(row.video_id)

@@ -37,6 +37,10 @@ class Shelf:
             raise ValueError("this query has no known video")
         return self._rows[video_id]
 
+    def holds(self, video_id: str) -> bool:
+        """Whether the corpus has this video."""
+        return video_id in self._rows
+
     def features(self, video_ids: Sequence[str]) -> list[VideoFeatures]:
         """The vision features of each video; raises VideoError for a file that cannot be read."""
         return self._videos.encode_all([self.path(video_id) for video_id in video_ids])

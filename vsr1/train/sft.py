@@ -24,6 +24,7 @@ from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.ops.corpus_scan import info_nce
+from vsr1.train import lora
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 from vsr1.train.losses import as_numbers, distillation_loss, sft_loss
@@ -35,7 +36,8 @@ class SftTraining:
 
     refine: which rows roll out soft tokens, those of rejected videos or all, at most `refine_rows` a step; refine_from: the
     share of steps after which they learn; contrast_from: after which InfoNCE joins. negatives: so many hard negatives a row
-    stand against the right video in InfoNCE; 0: the whole corpus does. pack_tokens: most tokens of one forward and backward
+    stand against the right video in InfoNCE; 0: the whole corpus does. lora_rank: train low-rank adapters of that rank instead
+    of all weights (0). pack_tokens: most tokens of one forward and backward
     pass (a single row may be longer).
     """
 
@@ -54,6 +56,7 @@ class SftTraining:
     contrast_weight: float = 0.3
     temperature: float = 0.05
     negatives: int = 0
+    lora_rank: int = 0
     pack_tokens: int = 65536
 
 
@@ -118,8 +121,11 @@ def train_sft(
         refining, contrasting = (index >= share * total for share in (settings.refine_from, settings.contrast_from))
         return stage.losses(drawn, refining, refining and contrasting, numbers), numbers
 
-    groups = trainable(policy, settings.head_learning_rate)
+    tuner = lora.adapt(policy, settings.lora_rank) if settings.lora_rank else None
+    groups = trainable(policy, settings.head_learning_rate, adapters=tuner is not None)
     train("sft", policy, groups, step, settings.optimisation, keeper)
+    if tuner is not None:
+        lora.merge(policy, tuner)
     policy.requires_grad_(False)
 
 
