@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+from vsr1 import config as configuration
 from vsr1.agent import rollout
 from vsr1.agent.rollout import LoopSettings
+from vsr1.config import DatasetConfig
 from vsr1.corpus import Corpus
+from vsr1.data.layout import Layout, dataset
 from vsr1.errors import ConfigError, CorpusError
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
@@ -33,8 +37,8 @@ class Engine:
     def open_run(cls, folder: str | Path, corpus: str | Path | None = None) -> Engine:
         """Open the final models of a finished run of `vsr1 train`, with its test corpus or the `corpus` given."""
         run = _checked_run(folder)
-        models = run / "models"
-        return cls.open(corpus or run / "corpus" / "test", models / "policy-grpo", models / "embedder")
+        embedder, tested = _given(run)
+        return cls.open(corpus or tested, run / "models" / "policy-grpo", embedder)
 
     def ask(self, text: str, *, turns: int = 3, settings: LoopSettings | None = None) -> Trajectory:
         """Search for `text`; the trajectory's `accepted` turn, if any, holds the video and the span in seconds. `settings`
@@ -48,9 +52,17 @@ class Engine:
 
 def open_embedder(folder: str | Path, *, run: bool = False) -> Embedder:
     """The embedder in a model folder, or that of a `run` of `vsr1 train`; ConfigError where there is none."""
-    place = _checked_run(folder) / "models" / "embedder" if run else Path(folder)
+    place = _given(_checked_run(folder))[0] if run else folder
     _check_model("embedder", place)
     return Embedder.from_pretrained(place)
+
+
+def _given(run: Path) -> tuple[str | Path, Path]:
+    """The embedder of a run, which it made or was given, and the corpus it was tested on."""
+    config = configuration.load(run / "config.yaml")
+    if isinstance(config, DatasetConfig):
+        return config.embedder, Layout(config.root).corpus(dataset(config.dataset).test)
+    return run / "models" / "embedder", run / "corpus" / "test"
 
 
 def _checked_run(folder: str | Path) -> Path:
@@ -60,5 +72,7 @@ def _checked_run(folder: str | Path) -> Path:
 
 
 def _check_model(name: str, folder: str | Path) -> None:
+    if isinstance(folder, str) and not Path(folder).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", folder):
+        return  # perhaps a repository of the Hub: who loads it will say
     if not (Path(folder) / "config.json").is_file():
         raise ConfigError(f"{name} folder '{folder}' holds no model (no config.json)")

@@ -161,6 +161,9 @@ def test_a_plain_checkpoint_gets_the_refine_token(tokenizer, tmp_path, spare_row
     assert policy.model.get_input_embeddings().num_embeddings == max(rows, len(plain) + 1)
     ids = policy.tokenizer(f"<answer>matched</answer>{REFINE}{IM_END}")["input_ids"]
     assert ids[-2:] == [policy.refine_id, token_id(plain, IM_END)]
+    pieces = plain(REFINE, add_special_tokens=False)["input_ids"]
+    for table in (policy.model.get_input_embeddings().weight, policy.model.get_output_embeddings().weight):
+        torch.testing.assert_close(table[policy.refine_id], table[pieces].mean(0))
     assert {IM_START, IM_END, REFINE} <= set(policy.tokenizer.all_special_tokens)
     assert policy.settings == settings and policy.videos.settings == video and settings.system == SYSTEM
     assert policy.head.soft_tokens(torch.zeros(3, 32)).shape == (3, 48)

@@ -109,9 +109,7 @@ class Policy(nn.Module):
             raise CheckpointError(f"'{contents.folder}' holds refine modules, but its tokenizer does not know {REFINE}")
         model = checkpoints.load_model(contents, Qwen3VLForConditionalGeneration, dtype)
         if not known_token:
-            tokenizer.add_special_tokens({"additional_special_tokens": [REFINE]}, replace_extra_special_tokens=False)
-            if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-                model.resize_token_embeddings(len(tokenizer))
+            _teach_refine(model, tokenizer)
         if videos is None:
             default = checkpoints.PUBLIC_VIDEO if contents.public else VideoSettings()
             said = vars(default) | contents.saved.get("video", {})
@@ -182,3 +180,15 @@ class Policy(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Normed hidden states (..., H) -> logits (..., V) fp32."""
         return self.model.lm_head(hidden).float()
+
+
+@torch.no_grad()
+def _teach_refine(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the token `<REFINE>`. It starts as the mean of the tokens that spelled it until now: the row that a padded table has
+    for it was never trained, and adapters alone could not make the model say it."""
+    pieces = tokenizer(REFINE, add_special_tokens=False)["input_ids"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [REFINE]}, replace_extra_special_tokens=False)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+    for table in {model.get_input_embeddings(), model.get_output_embeddings()}:
+        table.weight[token_id(tokenizer, REFINE)] = table.weight[pieces].float().mean(0).to(table.weight.dtype)

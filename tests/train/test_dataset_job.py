@@ -1,0 +1,141 @@
+"""A run on an annotated data set, through the command that people give."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.train import datasets
+from vsr1 import cli
+from vsr1.config import DatasetConfig, load
+from vsr1.data.layout import Layout
+from vsr1.data.world import World
+from vsr1.dataset_job import DatasetJob
+from vsr1.engine import Engine
+from vsr1.models.embedder import Embedder
+from vsr1.models.policy import Policy
+from vsr1.train.monitor import Monitor
+
+
+@pytest.fixture(scope="module")
+def models(tiny_embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tiny_embedder.save_pretrained(folder / "embedder")
+    Policy.tiny(tiny_embedder, soft_tokens=8).save_pretrained(folder / "policy")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def layout(world: World, tiny_embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Layout:
+    return datasets.write(tmp_path_factory.mktemp("data"), world, tiny_embedder)
+
+
+def flags(layout: Layout, models: Path, run: Path) -> list[str]:
+    few = "--sft.batch 4 --grpo.queries 2 --grpo.group 2 --grpo.max-tokens 24 --evaluation.max-tokens 24"
+    return [
+        *("train", "--preset", "charades", "--root", str(layout.root), "--run", str(run), "--max-steps", "2"),
+        *("--policy", str(models / "policy"), "--embedder", str(models / "embedder"), *few.split()),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(layout: Layout, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert cli.main(flags(layout, models, folder)) == 0
+    return folder
+
+
+def test_all_stages_run(run: Path, layout: Layout, models: Path) -> None:
+    steps = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [max(one["step"] for one in steps if one.get("stage") == stage) for stage in ("sft", "grpo")] == [1, 1]
+    figures = json.loads((run / "eval.json").read_text())
+    assert (figures["dataset"], figures["split"], figures["queries"]) == ("charades", "test", 4)
+    assert figures["policy"] == str(models / "policy")
+    assert len((run / "trajectories.jsonl").read_text().splitlines()) == 4
+    assert (run / "report.html").is_file()
+
+
+def test_the_policy_adopts_the_system_turn_it_learns_from(run: Path) -> None:
+    for stage in ("sft", "grpo"):
+        assert Policy.from_pretrained(run / "models" / f"policy-{stage}").settings.system == datasets.SYSTEM
+
+
+def test_another_protocol_can_be_adopted(layout: Layout, models: Path, tmp_path: Path) -> None:
+    rows = json.loads(layout.sft.read_text())
+    for row in rows:
+        row["messages"][0]["content"] = "Look well."
+    (tmp_path / "other.json").write_text(json.dumps(rows))
+    config = cli.parse_train([*flags(layout, models, tmp_path)[1:], "--protocol-from", str(tmp_path / "other.json")])
+    with Monitor(tmp_path) as monitor:
+        job = DatasetJob(config, monitor)
+        assert job.start(job.embedder()).settings.system == "Look well."
+
+
+def test_the_policy_keeps_a_tower_of_its_own(run: Path, models: Path) -> None:
+    config = load(run / "config.yaml")
+    assert isinstance(config, DatasetConfig)
+    with Monitor(run) as monitor:
+        job = DatasetJob(config, monitor)
+        embedder = job.embedder()
+        policy = job.start(embedder)
+    assert policy.videos is not embedder.videos
+    assert policy.videos.visual is not embedder.videos.visual
+    assert policy.model.model.visual is policy.videos.visual
+
+
+def test_held_out_queries_are_not_trained_on(layout: Layout, models: Path, tmp_path: Path, world: World) -> None:
+    config = cli.parse_train([*flags(layout, models, tmp_path / "run")[1:], "--hold-out", "3"])
+    with Monitor(tmp_path) as monitor:
+        job = DatasetJob(config, monitor)
+        kept, trained = job.moments("validation"), job.moments("grpo")
+        embedder = job.embedder()
+        policy = job.start(embedder)
+        rows = job.source(policy, embedder, job.shelf("sft", embedder, policy)).rows
+    asked = {one.query_id for one in datasets.moments(world, "train")}
+    assert {one.query_id for one in (*kept, *trained)} == asked
+    assert len(kept) + len(trained) == len(asked)  # augmented rows are no queries of their own
+    assert 0 < len(kept) <= len(asked) // 5
+    outside = {one.video_id for one in kept}
+    assert outside.isdisjoint(one.video_id for one in trained)
+    assert outside.isdisjoint(row.video_id for row in rows)
+
+
+def test_a_second_call_does_nothing_again(run: Path, layout: Layout, models: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert cli.main(flags(layout, models, run)) == 0
+    changed = {path.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
+    assert changed <= {"seconds.json", "log.jsonl"}
+
+
+def test_the_run_answers_questions(run: Path, world: World) -> None:
+    found = Engine.open_run(run).ask(datasets.moments(world, "test")[0].text, turns=1)
+    assert found.turns[0].video_id in {scene.video_id for scene in world.scenes("test")}
+
+
+@pytest.mark.parametrize("what", ["sft", "corpus", "annotations"])
+def test_what_is_missing_is_said_before_anything_starts(
+    layout: Layout, models: Path, tmp_path: Path, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    for path in layout.root.iterdir():
+        if not (what == "sft" and path.name == "sft_data") and not (what == "annotations" and "raw" in path.name):
+            (root / path.name).symlink_to(path)
+    if what == "corpus":
+        (root / "test").unlink()
+    other = Layout(root)
+    lacking = {"sft": other.sft, "corpus": other.corpus("test"), "annotations": other.annotations("train")}[what]
+    assert cli.main(flags(other, models, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert str(lacking) in said and "vsr1 data build charades" in said
+
+
+def test_settings_of_a_data_set_survive_the_disk(run: Path, layout: Layout) -> None:
+    values = yaml.safe_load((run / "config.yaml").read_text())
+    assert values["root"] == str(layout.root) and values["max_steps"] == 2
+    assert load(run / "config.yaml").sft.batch == 4
