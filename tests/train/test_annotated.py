@@ -128,6 +128,18 @@ def test_the_parts_of_a_step_add_up_to_the_step(
     assert summed == pytest.approx(numbers, rel=1e-4)
 
 
+def test_replies_are_read_off_the_normed_states_whatever_seeds_the_soft_tokens(
+    tiny_policy: Policy, tiny_embedder: Embedder, layout: Layout, shelf: Shelf
+) -> None:
+    drawer = source(tiny_policy, layout, shelf)
+    said = []
+    for first_latent in ("normed", "unnormed"):
+        tiny_policy.settings = replace(tiny_policy.settings, first_latent=first_latent)
+        said.append(step_losses(tiny_policy, tiny_embedder, drawer, shelf, drawer.settings)[1])
+    assert said[0]["say"] == pytest.approx(said[1]["say"], rel=1e-6)
+    assert said[0]["contrast"] != pytest.approx(said[1]["contrast"], rel=1e-6)
+
+
 def test_hard_negatives_are_contrasted_as_the_formula_says(
     tiny_policy: Policy, tiny_embedder: Embedder, layout: Layout, shelf: Shelf
 ) -> None:
