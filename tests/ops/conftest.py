@@ -1,12 +1,21 @@
-"""Shared by the tests of the ops: every backend of the sweeps that runs on CPU tensors, instruction set by instruction set."""
+"""Shared by the tests of the ops: every backend of the sweeps that runs on CPU tensors, instruction set by instruction set.
+
+And where the tests run in Triton's interpreter, that it wastes no time.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
-from vsr1.ops._dispatch import extension_missing
+from vsr1.ops._dispatch import extension_missing, triton_missing
+
+if "TRITON_INTERPRET" in os.environ and triton_missing() is None:
+    from tests.ops import interpreter
+
+    interpreter.hasten()
 
 PATHS = [
     "reference",

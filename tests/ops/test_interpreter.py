@@ -1,6 +1,7 @@
 """The tests of Triton kernels in Triton's interpreter, where there is no GPU for them: one process for all files.
 
-TRITON_INTERPRET is read when a kernel is decorated, so it takes another process.
+TRITON_INTERPRET is read when a kernel is decorated, so it takes another process. A single one: where several processes run the
+tests, the others have enough to do meanwhile.
 """
 
 from __future__ import annotations
@@ -26,16 +27,14 @@ FILES = (
     "test_patches_triton.py",
     "test_prefix_triton.py",
 )
-HANGS = (
-    1200  # seconds; three minutes of two cores is usual, and a machine that is busy or slow takes several times that
-)
+HANGS = 1200  # seconds; two minutes of a core are usual, and a machine that is busy or slow takes several times that
 SELECTED = "triton or whole_op"  # some files by their names; of the others what runs on Triton kernels
 
 
 @pytest.mark.timeout(HANGS + 60)
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the tests run in this process itself")
 def test_kernels_pass_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", "-k", SELECTED]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTED]
     done = subprocess.run(
         [*command, *(str(HERE / file) for file in FILES)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"},

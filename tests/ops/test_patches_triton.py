@@ -28,6 +28,13 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.where(torch.rand((*shape[:-3], 1, 1, 1), generator=generator) < 0.5, frames, hard)
 
 
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one program after another; few of them, each with more lines. Other tests keep one line."""
+    if INTERPRETED:
+        monkeypatch.setitem(kernels.ACROSS, "BLOCK_Y", 8)
+
+
 def check(frames: torch.Tensor, size: tuple[int, int], **options: Any) -> None:
     """The bits of the reference on the CPU."""
     wanted = frames_to_patches(frames, size, backend="reference", **options)
@@ -39,6 +46,7 @@ def check(frames: torch.Tensor, size: tuple[int, int], **options: Any) -> None:
 
 
 @runs
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("shape", "size"),
@@ -58,6 +66,7 @@ def test_triton_gives_the_bits_of_the_reference(shape: tuple[int, int, int], siz
 
 
 @runs
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("geometry", [(7, 3, 3), (16, 1, 1)], ids=["p7-m3-t3", "p16-m1-t1"])
 def test_triton_geometry_and_batches(geometry: tuple[int, int, int]) -> None:
     patch, merge, temporal = geometry
@@ -67,6 +76,7 @@ def test_triton_geometry_and_batches(geometry: tuple[int, int, int]) -> None:
 
 
 @runs
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("size", [(40, 60), (20, 20)], ids=["same", "resized"])
 def test_triton_reads_any_strides(size: tuple[int, int]) -> None:
     options = {"patch": 20, "merge": 1}
