@@ -205,9 +205,9 @@ def phases(models: Models, work: Work) -> list[Item]:
     add("videos", common)
     add("videos", [("vision tower", _encoding(models, work))])
     widest = max(range(work.turns), key=work.most_prompts)
-    rows = min(work.decoded_rows, work.replies(widest))
+    speaking = min(work.decoded_rows, work.replies(widest))
     add("grpo rollout", common)
-    add("grpo rollout", _spoken(models, work, rows, work.most_prompts(widest), work.most_read(widest)))
+    add("grpo rollout", _spoken(models, work, speaking, work.most_prompts(widest), work.most_read(widest)))
 
     tokens = max(work.pack, longest)
     prompts = tokens // longest
