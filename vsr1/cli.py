@@ -1,5 +1,5 @@
 """The command line: `vsr1 train`, `vsr1 ask`, `vsr1 index` (in `vsr1.indexing`), `vsr1 eval` (in `vsr1.evaluating`),
-`vsr1 data` (in `vsr1.datasets`), `vsr1 doctor`.
+`vsr1 data` (in `vsr1.datasets`), `vsr1 plan` (in `vsr1.planning`), `vsr1 doctor`.
 
 Every problem a person can mend ends as one line on stderr and exit code 2; Ctrl-C ends with 130 once the work is saved.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from vsr1.command import Parser, guarded, no_bars
 from vsr1.errors import ConfigError, Vsr1Error
 
-COMMANDS = "train", "ask", "index", "eval", "data", "doctor"
+COMMANDS = "train", "ask", "index", "eval", "data", "plan", "doctor"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  index   make a corpus of your own videos: vsr1 index add CORPUS FOLDER --run runs/tiny\n"
         "  eval    figures of a run or a file of results, or what differs between two: vsr1 eval runs/a runs/b\n"
         "  data    what is wrong with an annotation file: vsr1 data check FILE\n"
+        "  plan    memory and time that a recipe takes, before anything is loaded: vsr1 plan --preset charades\n"
         "  doctor  what this machine can run, and why not"
     )
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -38,7 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"vsr1: unknown command '{command}'; known: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
-    commands = {"train": train, "ask": ask, "index": index, "eval": evaluate, "data": data, "doctor": doctor}
+    commands = {
+        "train": train,
+        "ask": ask,
+        "index": index,
+        "eval": evaluate,
+        "data": data,
+        "plan": plan,
+        "doctor": doctor,
+    }
     return commands[command](rest)
 
 
@@ -170,6 +179,13 @@ def data(argv: Sequence[str]) -> int:
     from vsr1 import datasets
 
     return datasets.main(argv)
+
+
+def plan(argv: Sequence[str]) -> int:
+    """`vsr1 plan`: what a recipe takes."""
+    from vsr1 import planning
+
+    return planning.main(argv)
 
 
 if __name__ == "__main__":

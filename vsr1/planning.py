@@ -1,0 +1,254 @@
+"""`vsr1 plan`: the memory and the time that a recipe takes, computed before anything is loaded or downloaded.
+
+Shapes come from `config.json` or are those of the published models; the recipe is a preset's. Nothing is run. `--write` puts the
+table of all presets between its marks in a Markdown file: docs/recipes.md is made so.
+"""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vsr1.command import Parser, guarded, say
+from vsr1.errors import ConfigError
+from vsr1.files import write_whole
+
+if TYPE_CHECKING:
+    from vsr1.models.shape import ModelShape
+    from vsr1.train.estimate import Plan
+    from vsr1.train.work import Work
+
+PRESETS = ("charades", "didemo", "activitynet")
+SIZES = ("2b", "4b")
+MARKS = "<!-- plan -->", "<!-- /plan -->"
+HARDWARE = (("4090-24", 1), ("l40s-48", 1), ("h100-80", 1), ("a6000-48", 4), ("h100-80", 8))
+"""What the table of all presets is computed for."""
+ROWS_A_STEP = 4
+SFT_ROWS = 2000
+GIB = 1 << 30
+
+
+def main(argv: Sequence[str]) -> int:
+    """`vsr1 plan`."""
+    return guarded(lambda: _plan(_parse(argv)), kept="nothing was written")
+
+
+def work_of(preset: str, **changed: Any) -> Work:
+    """The numbers of a preset; `changed` fields of `Work` instead of its own.
+
+    Stage 1 is one epoch of the 2,000 rows that the published recipe makes, four a step; stage 2 one epoch of the training
+    queries, eight replies each, 16 queries a step. Videos are sampled as the published recipe does.
+    """
+    from vsr1.data.benchmarks import BENCHMARKS
+    from vsr1.models.checkpoints import PUBLIC_VIDEO
+    from vsr1.train.work import VideoTokens, Work
+
+    data, frame = BENCHMARKS[preset], (480, 640)
+    mean, longest = (VideoTokens.of(PUBLIC_VIDEO, seconds, frame) for seconds in (data.train.seconds, data.longest))
+    known = Work(data.train, data.test, mean, longest, frame)
+    steps = -(-data.train.queries // known.grpo_queries)
+    known = replace(known, sft_rows=ROWS_A_STEP, sft_steps=SFT_ROWS // ROWS_A_STEP, grpo_steps=steps)
+    return replace(known, **changed)
+
+
+def _parse(argv: Sequence[str]) -> Namespace:
+    from vsr1.train.cost import GPUS
+
+    parser = Parser(prog="vsr1 plan", description="What a recipe needs of memory and time, computed from its numbers.")
+    parser.add_argument("--preset", choices=PRESETS, default="charades")
+    parser.add_argument("--size", choices=SIZES, default="2b", help="of the policy (2b)")
+    parser.add_argument("--gpu", choices=list(GPUS), default="h100-80", help="(h100-80)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of that kind; each holds all weights (1)")
+    parser.add_argument("--cores", type=int, default=16, metavar="N", help="processors that decode videos (16)")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters (0: all weights)")
+    parser.add_argument("--pack", type=int, metavar="TOKENS", help="most tokens of a pass, of both stages")
+    parser.add_argument("--rows", type=int, metavar="N", help="replies spoken at once")
+    parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
+    parser.add_argument("--policy", type=Path, metavar="FOLDER", help="read the policy's shape from its config.json")
+    parser.add_argument("--embedder", type=Path, metavar="FOLDER", help="the same of the embedder")
+    parser.add_argument("--explain", action="store_true", help="every item, and all that is assumed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan here too")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help=f"put the table of all presets between {' and '.join(MARKS)}"
+    )
+    arguments = parser.parse_args(list(argv))
+    for name, least in (("gpus", 1), ("cores", 1), ("lora", 0), ("pack", 1), ("rows", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {value}")
+    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
+        raise ConfigError(f"'{arguments.json}' cannot be written: there is no folder '{arguments.json.parent}'")
+    return arguments
+
+
+def _shapes(arguments: Namespace) -> tuple[ModelShape, ModelShape]:
+    from vsr1.models.shape import SHAPES, ModelShape
+
+    given = ((arguments.policy, arguments.size), (arguments.embedder, "embedding-2b"))
+    policy, embedder = (SHAPES[name] if path is None else ModelShape.from_folder(path) for path, name in given)
+    return policy, embedder
+
+
+def _plan(arguments: Namespace) -> None:
+    from vsr1.train.cost import GPUS
+    from vsr1.train.estimate import estimate
+
+    if arguments.write is not None:
+        _write(arguments.write)
+        return
+    changed: dict[str, Any] = {
+        "lora_rank": arguments.lora,
+        "gpus": arguments.gpus,
+        "cores": arguments.cores,
+        "checkpointing": not arguments.no_checkpointing,
+    }
+    if arguments.pack is not None:
+        changed |= {"pack": arguments.pack, "sft_pack": arguments.pack}
+    if arguments.rows is not None:
+        changed |= {"decoded_rows": arguments.rows}
+    policy, embedder = _shapes(arguments)
+    gpu = GPUS[arguments.gpu]
+    asked = estimate(policy, embedder, work_of(arguments.preset, dimension=embedder.text.hidden, **changed), gpu)
+    fitting = None if asked.fitting is None else estimate(policy, embedder, asked.fitting, gpu)
+    _tables(arguments, asked, fitting)
+    if arguments.json is not None:
+        write_whole(arguments.json, json.dumps(_json(asked, fitting), indent=1))
+        print(f"written: {arguments.json}")
+
+
+def _tables(arguments: Namespace, asked: Plan, fitting: Plan | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console, gpus = Console(width=100), f"{asked.work.gpus} x " if asked.work.gpus > 1 else ""
+    changed = fitting if fitting is not None and asked.changes else None
+    name = arguments.policy or f"Qwen3-VL {arguments.size.upper()}"
+    print(f"{arguments.preset}, {name}, {_trained(asked.work)}, on {gpus}{asked.gpu.title}; computed, not measured\n")
+    memory = Table(box=None, pad_edge=False)
+    memory.add_column("memory, GiB on each GPU", no_wrap=True)
+    time = Table(box=None, pad_edge=False)
+    time.add_column("time", no_wrap=True)
+    for table in (memory, time):
+        table.add_column("as asked", justify="right")
+        if changed is not None:
+            table.add_column("changed", justify="right")
+    plans = [asked, *([changed] if changed is not None else [])]
+    for phase in asked.memory:
+        memory.add_row(phase, *(f"{plan.memory[phase] / GIB:.1f}" for plan in plans))
+        if arguments.explain:
+            for row in _items(phase, plans):
+                memory.add_row(*row)
+    for phase in asked.seconds:
+        time.add_row(phase, *(_duration(plan.seconds[phase]) for plan in plans))
+        if arguments.explain:
+            for row in _spent(phase, plans):
+                time.add_row(*row)
+    time.add_row("all", *(_duration(plan.total) for plan in plans))
+    console.print(memory)
+    console.print()
+    console.print(time)
+    say(["", _verdict(asked, fitting)])
+    if arguments.explain:
+        say(["", *_assumptions(asked.work)])
+
+
+def _items(phase: str, plans: Sequence[Plan]) -> Iterator[list[str]]:
+    tables = [{item.name: item.bytes for item in plan.items if item.phase == phase} for plan in plans]
+    for name in dict.fromkeys(name for table in tables for name in table):
+        yield [f"  {name}", *(f"{table.get(name, 0.0) / GIB:.2f}" for table in tables)]
+
+
+def _spent(phase: str, plans: Sequence[Plan]) -> Iterator[list[str]]:
+    tables = [
+        {one.name + (" (beside)" if one.beside else ""): one.seconds for one in plan.spent if one.phase == phase}
+        for plan in plans
+    ]
+    for name in tables[0]:
+        yield [f"  {name}", *(_duration(table[name]) for table in tables)]
+
+
+def _trained(work: Work) -> str:
+    return f"LoRA of rank {work.lora_rank}" if work.lora_rank else "all weights"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _verdict(asked: Plan, fitting: Plan | None) -> str:
+    """Whether it fits, and what to do."""
+    needs = f"{asked.peak / GIB:.1f} GiB of {asked.gpu.memory:.1f}"
+    if asked.fits:
+        return f"it fits: {needs}"
+    if fitting is None:
+        return f"it does not fit ({needs}), nor would it with {', '.join(asked.changes)}: take larger GPUs"
+    return f"it does not fit ({needs}); with {', '.join(asked.changes)} it does: {fitting.peak / GIB:.1f} GiB"
+
+
+def _assumptions(work: Work) -> list[str]:
+    from vsr1.train import cost
+    from vsr1.train.memory import CONTEXT, FRAGMENTED
+
+    return [
+        "measured on an H100 (bench/results): products reach "
+        f"{cost.PRODUCTS:.0%} of the peak, attention {cost.ATTENTION:.0%}, sweeps over memory {cost.BANDWIDTH:.0%}; "
+        f"a core takes {cost.DECODING * 1000:.1f} ms for a second of 480p H.264; the workspace of linear_logp",
+        f"assumed: {cost.LAUNCH * 1000:.1f} ms to launch a layer from Python, forward; the same efficiencies on other GPUs; "
+        f"{cost.LINKED:.0%} of the link between GPUs",
+        f"assumed: {CONTEXT / GIB:.0f} GiB for CUDA, {FRAGMENTED:.0%} lost in the allocator; AdamW for all that learns",
+        f"assumed: replies of {work.reply} tokens ({work.longest_reply} at most), prompts of {work.prompt} and the video's "
+        f"{work.video.tokens} ({work.longest.tokens} at most), frames of {work.frame[0]} x {work.frame[1]}",
+        f"assumed: {work.goes_on:.0%} of the loops go on after a turn; from the second turn on {work.shared:.0f} replies "
+        "share a prompt; nothing is lost to padding; checkpoints and held-out looks take no time",
+    ]
+
+
+def _json(asked: Plan, fitting: Plan | None) -> dict[str, Any]:
+    values = asdict(asked) | {"peak": asked.peak, "fits": asked.fits, "total": asked.total}
+    values["fitting"] = None
+    if fitting is not None:
+        values["fitting"] = {"work": asdict(fitting.work), "memory": fitting.memory, "seconds": fitting.seconds}
+    return values
+
+
+def markdown() -> str:
+    """The table of all presets and sizes on some hardware: full training with what has to change to fit."""
+    from vsr1.data.benchmarks import BENCHMARKS
+    from vsr1.models.shape import SHAPES
+    from vsr1.train.cost import GPUS
+    from vsr1.train.estimate import estimate
+
+    lines = [
+        "| preset | policy | GPUs | changes to full training | GiB | index | SFT | GRPO | evaluation |",
+        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for preset, size, (name, gpus) in ((p, s, h) for p in PRESETS for s in SIZES for h in HARDWARE):
+        shapes = SHAPES[size], SHAPES["embedding-2b"]
+        asked = estimate(*shapes, work_of(preset, gpus=gpus, cores=16 * gpus), GPUS[name])
+        hardware = f"{gpus} x {GPUS[name].title}" if gpus > 1 else GPUS[name].title
+        head = f"| {BENCHMARKS[preset].title} | {size.upper()} | {hardware} |"
+        if asked.fitting is None:
+            lines.append(f"{head} does not fit | {asked.peak / GIB:.0f} | | | | |")
+            continue
+        plan = estimate(*shapes, asked.fitting, GPUS[name])
+        times = " | ".join(_duration(plan.seconds[phase]) for phase in ("index", "sft", "grpo", "eval"))
+        lines.append(f"{head} {', '.join(asked.changes) or 'none'} | {plan.peak / GIB:.1f} | {times} |")
+    return "\n".join(lines)
+
+
+def _write(path: Path) -> None:
+    begin, end = MARKS
+    try:
+        whole = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be read: {error}") from error
+    if begin not in whole or end not in whole:
+        raise ConfigError(f"'{path}' has no place for the table: {begin} and {end}")
+    write_whole(path, f"{whole.split(begin)[0]}{begin}\n{markdown()}\n{end}{whole.split(end)[1]}")
+    print(f"written: {path}")
