@@ -1,7 +1,8 @@
 """`vsr1 data`: what there is to do with data sets before anything is trained on them.
 
 `check` says what is wrong with an annotation file. It ends with 0 if every row can be used, if need be repaired, with 1 if
-rows were refused, and with 2, like every command, if the file cannot be read at all.
+rows were refused, and with 2, like every command, if the file cannot be read at all. `import` makes corpora of artefacts
+that others have prepared (`vsr1.importing`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,19 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from vsr1 import importing
 from vsr1.command import Parser, chosen, say
 from vsr1.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    """`vsr1 data check`."""
-    return chosen(_parser(), argv, kept="nothing was changed")
+    """`vsr1 data check|import`."""
+    return chosen(_parser(), argv, kept="what was finished is kept")
 
 
 def _parser() -> Parser:
     parser = Parser(prog="vsr1 data", description="Data sets, before anything is trained on them.")
-    commands = parser.add_subparsers(required=True, metavar="check")
+    commands = parser.add_subparsers(required=True, metavar="check|import")
     check = commands.add_parser("check", help="what is wrong with an annotation file")
     check.set_defaults(command=_check)
     check.add_argument(
@@ -37,6 +39,7 @@ def _parser() -> Parser:
     check.add_argument("--spans", default="one", choices=("one", "all"), help="of several for one query (one)")
     check.add_argument("--no-repair", action="store_true", help="refuse what could be repaired")
     check.add_argument("--all", action="store_true", help="print every row found, not the first 20 of a kind")
+    importing.declare(commands)
     return parser
 
 

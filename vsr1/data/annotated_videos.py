@@ -85,7 +85,7 @@ def probed(videos: Videos) -> Callable[[str], float | None]:
 
     What it gives out raises VideoError for a file that is no video.
     """
-    from vsr1.video.probe import probe  # PyAV and numpy: only who probes pays for them
+    from vsr1.video.sources import probe  # PyAV and numpy: only who probes pays for them
 
     @functools.cache
     def seconds(video_id: str) -> float | None:

@@ -24,6 +24,7 @@ import av
 import numpy as np
 
 from vsr1.errors import VideoError
+from vsr1.video.array import beside
 from vsr1.video.probe import file_state
 from vsr1.video.pyav import Allocate, Pictures
 from vsr1.video.sampling import Sampling
@@ -41,7 +42,7 @@ def cache_key(path: str | os.PathLike[str], sampling: Sampling, size: tuple[int,
     Raises:
         VideoError: the file is missing.
     """
-    named = (FORMAT, av.__version__, *file_state(path), sampling, size)
+    named = (FORMAT, av.__version__, *file_state(path), *beside(path), sampling, size)
     return hashlib.sha256(repr(named).encode()).hexdigest()
 
 

@@ -13,6 +13,7 @@ What `decode` promises, whichever backend does it:
 
 The backends: `pyav` decodes on the CPU and reads everything that FFmpeg reads; `dali` decodes on an NVIDIA GPU and gives
 the same frames at the same times, with pixels that may differ by a few levels. `auto` takes the GPU where it pays.
+Frame arrays need no decoder, only their times: `vsr1.video.array` has them, and says what "on display" means there.
 `vsr1.video.loader` decodes many files ahead of whoever wants them.
 """
 
@@ -25,9 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vsr1.errors import BackendUnavailable, VideoError
+from vsr1.video.array import is_array
 from vsr1.video.frames import Frames
-from vsr1.video.pyav import Pictures, pictures
+from vsr1.video.pyav import Pictures
 from vsr1.video.sampling import Sampling
+from vsr1.video.sources import pictures
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +116,10 @@ def _on_gpu(
     from vsr1.video import dali
     from vsr1.video.excerpt import excerpt
 
+    if is_array(path):
+        if optional:
+            return None
+        raise BackendUnavailable(f"video backend 'dali' reads video files, and '{path}' is a frame array: take 'auto'")
     target = torch.device("cuda" if device is None else device)
     if target.type != "cuda":
         if optional:

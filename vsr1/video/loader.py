@@ -37,8 +37,9 @@ from vsr1.video.cache import FrameCache, cache_key
 from vsr1.video.decode import as_frames, check_size
 from vsr1.video.frames import Frames
 from vsr1.video.pool import Admit, Room, Worker
-from vsr1.video.pyav import Pictures, pictures
+from vsr1.video.pyav import Pictures
 from vsr1.video.sampling import Sampling
+from vsr1.video.sources import pictures
 from vsr1.video.worker import Decode
 
 log = logging.getLogger(__name__)

@@ -76,18 +76,11 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
     Raises:
         VideoError: the file is missing, a folder, empty, no video, or FFmpeg fails inside the block.
     """
-    file = Path(path)
+    check_regular(path)
     try:
-        status = file.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise VideoError(path, "is a folder, not a video file")
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer for ever
-            raise VideoError(path, "is not a regular file")
-        if status.st_size == 0:
-            raise VideoError(path, "the file is empty")
         # An absolute path is never read as a protocol ("a:b.mp4").
         options = {"protocol_whitelist": "file", "format_whitelist": _formats()}
-        with av.open(os.path.abspath(file), options=options, metadata_errors="replace") as container:
+        with av.open(os.path.abspath(path), options=options, metadata_errors="replace") as container:
             # The cover picture of a music file is a video stream to FFmpeg, not to anybody else.
             moving = [item for item in container.streams.video if not item.disposition & Disposition.attached_pic]
             if not moving:
@@ -101,6 +94,20 @@ def opened(path: str | os.PathLike[str], threads: int | None = None) -> Iterator
             yield container, stream
     except (av.error.FFmpegError, OSError) as error:
         raise VideoError(path, error.strerror or str(error)) from error
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise VideoError for what is no file that can be read from its beginning to its end, or is empty."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise VideoError(path, error.strerror or str(error)) from error
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError(path, "is a folder, not a video file")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer for ever
+        raise VideoError(path, "is not a regular file")
+    if status.st_size == 0:
+        raise VideoError(path, "the file is empty")
 
 
 @functools.cache

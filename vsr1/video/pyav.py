@@ -67,12 +67,12 @@ def pictures(
     """Decode the frames displayed at the wanted times, as `vsr1.video.decode` does, into what `allocate` gives."""
     with opened(path, threads) as (container, stream):
         duration = duration_of(path, container, stream)
-        collector = _Collector(sampling.wanted(duration), display_allowance(stream), size, allocate or _plain)
+        collector = _Collector(sampling.wanted(duration), display_allowance(stream), size, allocate or plain_memory)
         collector.collect(path, container, stream, duration)
         return Pictures(collector.pixels, collector.seconds, duration)
 
 
-def _plain(shape: tuple[int, int, int, int]) -> np.ndarray:
+def plain_memory(shape: tuple[int, int, int, int]) -> np.ndarray:
     return np.empty(shape, np.uint8)
 
 
@@ -81,7 +81,7 @@ class _Collector:
 
     def __init__(self, wanted: list[float], allowance: float, size: tuple[int, int] | None, allocate: Allocate) -> None:
         self.wanted, self.allowance, self.allocate = wanted, allowance, allocate
-        self.upright = _Upright(size)
+        self.upright = Upright(size)
         self.pixels = np.empty(0, np.uint8)
         self.seconds: list[float] = []
 
@@ -112,7 +112,7 @@ class _Collector:
         self.seconds.extend([time] * repeats)
 
 
-class _Upright:
+class Upright:
     """Frames as (H, W, 3) uint8 RGB, turned upright; all get the size (or `size` once upright) and the turn of the first."""
 
     def __init__(self, size: tuple[int, int] | None) -> None:

@@ -32,7 +32,7 @@ LATE = 2.0  # the alarm rings after so many times the limit: ending the process 
 
 
 class Decode(Protocol):
-    """What decodes one file, as `vsr1.video.pyav.pictures` does; a loader's processes import it by its module and name."""
+    """What decodes one file, as `vsr1.video.sources.pictures` does; a loader's processes import it by its module and name."""
 
     def __call__(
         self,
