@@ -23,7 +23,7 @@ STAGES = {
 }
 _UNPLOTTED = {"time", "step", "stage"}
 # What stage 2 is watched by; the rest of its numbers stand behind a fold.
-_WATCHED = ("reward", "vcmr", "ver", "refine_gain_", "held_out_")
+_WATCHED = ("reward", "loss", "vcmr", "ver", "refine_gain_", "held_out_")
 
 
 def learning(log: Sequence[Json], torn: int) -> str:
@@ -49,7 +49,7 @@ def _series(records: Sequence[Json]) -> Series:
         points = [(step, value) for step, value in points if math.isfinite(value)]
         if points:
             series[key] = ([step for step, _ in points], [value for _, value in points])
-    return series
+    return {key: series[key] for key in sorted(series, key=lambda key: key != "loss")}
 
 
 def _panels(stage: str, series: Mapping[str, tuple[list[float], list[float]]], caption: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from vsr1.eval.calibration import Bin
 
@@ -180,7 +181,9 @@ def bars(
         panel.set_title(column)
         panel.grid(axis="y", visible=False)
         panel.margins(x=0.2)
-        panel.set_xlim(left=0)
+        panel.set_xlim(
+            0, max(panel.get_xlim()[1], 1.0 if unit == "percent" else 0.0)
+        )  # bars of nothing have a scale, too
         panel.set_xlabel(unit)
         panel.locator_params(axis="x", nbins=5)
         panel.spines["left"].set_visible(False)
@@ -253,6 +256,7 @@ def _curve(panel: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> N
     )
     panel.grid(axis="x", visible=False)
     panel.locator_params(nbins=4)
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     panel.tick_params(labelsize=8.5)
 
 

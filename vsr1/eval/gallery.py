@@ -194,8 +194,8 @@ def _reply(text: str) -> str:
 
 def time_line(true: Span | None, said: Span | None, duration: float | None, frames: Sequence[float] = ()) -> str:
     """Spans in seconds on a line as long as the video: the true one above, the policy's below it, frames as dots; nothing
-    where the duration is not known."""
-    if not duration or duration <= 0 or not math.isfinite(duration):
+    where there is no span or the duration is not known."""
+    if not (true or said) or not duration or duration <= 0 or not math.isfinite(duration):
         return ""
 
     def at(second: float) -> float:
@@ -221,7 +221,6 @@ def time_line(true: Span | None, said: Span | None, duration: float | None, fram
             f"<title>{words}</title></rect>"
         )
     drawn += [f'<circle class="frame" cx="{at(second):.2f}%" cy="22" r="2"/>' for second in frames]
-    spoken = spoken or ["no span"]
     return f'<svg class="line" role="img"><title>{"; ".join(spoken)}, of {duration:.1f} s</title>{"".join(drawn)}</svg>'
 
 

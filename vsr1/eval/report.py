@@ -22,6 +22,7 @@ from vsr1.eval.page import cut, document, fold, note, section, table
 from vsr1.files import write_whole
 
 PARTS = ("eval.json", "log.jsonl", "trajectories.jsonl")  # a report can be made of any of them
+_JOINED = (*STAGE_NAMES, "baselines")  # what ablations.json adds; its head says what it is of
 _LONGEST_CONFIG = 50_000  # characters
 
 Json = dict[str, Any]
@@ -40,7 +41,8 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
     if not any(found[name] for name in PARTS):
         raise ConfigError(f"run folder '{run_folder}' has none of {', '.join(PARTS)}: train or evaluate a run first")
     evaluation = _json(run_folder, "eval.json", found["eval.json"] or "{}")
-    joined(evaluation, _json(run_folder, "ablations.json", found["ablations.json"] or "{}"))
+    others = _json(run_folder, "ablations.json", found["ablations.json"] or "{}")
+    _join(evaluation, {key: others[key] for key in _JOINED if key in others})
     log, torn = _log(found["log.jsonl"])
     lines = found["trajectories.jsonl"].splitlines()
     records = [_json(run_folder, f"trajectories.jsonl line {n}", line) for n, line in enumerate(lines, start=1)]
@@ -53,6 +55,7 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
         tables.tiles(stages) if stages else "",
         tables.main_table(evaluation, stages),
         studies.difference(evaluation.get("difference") or {}),
+        _other_queries(evaluation, others),
         studies.soft_tokens(stages),
         studies.turns(stages),
         studies.refinements(stages),
@@ -69,14 +72,23 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
     return path
 
 
-def joined(evaluation: Json, more: Mapping[str, Any]) -> None:
-    """Puts into an evaluation what another file of the same shape holds: its figures are added to those of each stage,
-    condition by condition, and replace those of the same name."""
+def _join(evaluation: Json, more: Mapping[str, Any]) -> None:
+    """Puts into an evaluation what another file of the same shape holds: its figures are added condition by condition, and
+    replace those of the same name."""
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(evaluation.get(key), dict) and "value" not in value:
-            joined(evaluation[key], value)
+            _join(evaluation[key], value)
         elif value is not None:
             evaluation[key] = value
+
+
+def _other_queries(evaluation: Json, others: Json) -> str:
+    """A warning where the ablations are over other queries than the evaluation."""
+    here, there = evaluation.get("queries"), others.get("queries")
+    if here is None or there is None or here == there:
+        return ""
+    said = f"What follows is partly of ablations.json, over {there:,} queries; eval.json is over {here:,}."
+    return f'<p class="warning">{said}</p>'
 
 
 def _text(path: Path) -> str:

@@ -80,7 +80,7 @@ def ablations(stages: Stages) -> str:
         _gain(stages),
         figure(
             figures.bars(dict.fromkeys(titles, ("percent", 100.0)), rows, first_is_method=names[0] == METHOD),
-            "Full colour: the method; pale: its controls. Black lines are 95 % intervals. <b>First answer wrong</b>: only "
+            "Full colour: the method; pale: its controls. Thin lines are 95 % intervals. <b>First answer wrong</b>: only "
             "the queries whose first video was not the right one.",
             numbers,
         ),
@@ -158,7 +158,7 @@ def turns(stages: Stages) -> str:
     others: dict[str, Callable[[Json], Any]] = {
         "R@1, last query": lambda row: row.get("R@1"),
         "VER, all turns": lambda row: row.get("ver"),
-        "Queries answered": lambda row: row.get("answered"),
+        "Queries with a video accepted": lambda row: row.get("answered"),
     }
     rest = _lines(stages, "by_turns", "turns", others)
     if not moments and not rest:
@@ -174,7 +174,10 @@ def turns(stages: Stages) -> str:
             )
         )
     if rest:
-        said = "Loops of that length: retrieval by their last query, and right answers over their turns."
+        said = (
+            "Loops of that length: retrieval by their last query, right answers over their turns, and queries for which a "
+            "video was accepted, right or wrong. Bands are 95 % intervals."
+        )
         parts.append(figure(figures.against(rest, "turns allowed", shared=False), said, _numbers(rest, "turns")))
     return section("Turns", *parts)
 
@@ -211,7 +214,7 @@ def refinements(stages: Stages) -> str:
         figure(
             figures.bars(columns, rows),
             "The same loop with refinement by soft tokens, and with the query rewritten in words by the policy: tokens made "
-            "for a refinement, R@1 of the last query, and the time it takes. Black lines are 95 % intervals.",
+            "for a refinement, R@1 of the last query, and the time it takes. Thin lines are 95 % intervals.",
             numbers,
         ),
     )
