@@ -28,7 +28,7 @@ BY_KIND = {
     "rejected": trajectory(0, "b", [turn(RIGHT, 1, "not_matched"), turn(OTHER, 1, "matched", (0.0, 1.0))], "matched"),
     "false-accept": trajectory(0, "c", [MISS, turn(OTHER, 2, "matched", (4.0, 8.0))], "matched"),
     "unparsable": trajectory(0, "d", [MISS, turn(RIGHT, 1, None)], "turns"),
-    "moment": trajectory(0, "e", [turn(RIGHT, 1, "matched", (8.0, 12.0))], "matched"),
+    "moment": trajectory(0, "e", [turn(RIGHT, 1, "matched", (7.0, 12.0))], "matched"),
     "never": trajectory(0, "f", [MISS, turn(OTHER, 3, None)], "turns"),
     "near": trajectory(0, "g", [turn(RIGHT, 1, "matched", (2.0, 6.0))], "matched"),
     "refined": trajectory(0, "h", [MISS, HIT], "matched"),
