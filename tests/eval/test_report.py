@@ -3,179 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+from tests.eval.made_up_run import Page, share, write_run
 from vsr1.errors import ConfigError
-from vsr1.eval import figures, report
-from vsr1.video import encode
+from vsr1.eval import report
+from vsr1.eval.stills import FRAMES
 
-Json = dict[str, Any]
-NAMES = [
-    "refinement + exclusion",
-    "exclusion only",
-    "refinement only",
-    "no refinement",
-    "random soft tokens",
-    "blank video",
-    "shuffled video",
-]
-
-
-def share(value: float, half: float = 0.03) -> Json:
-    return {"value": value, "low": value - half, "high": value + half}
-
-
-def stage(gain: float) -> Json:
-    ranks = {"R@1": 0.37, "R@5": 0.6, "R@10": 0.71, "R@100": 0.96, "MRR": 0.48}
-    overlaps = {"0.3": 0.5, "0.5": 0.46, "0.7": 0.31}
-    ablations = {}
-    for place, name in enumerate(NAMES):
-        lost = gain - 0.012 * place
-        ablations[name] = {
-            "R@1": share(0.42 + lost),
-            "R@1 wrong": share(0.2 + lost),
-            "vcmr": {k: share(v + lost) for k, v in overlaps.items()},
-        }
-    return {
-        "before": {k: share(v) for k, v in ranks.items()},
-        "after": {k: share(min(v + gain, 0.97)) for k, v in ranks.items()},
-        "vcmr": {k: share(v + gain) for k, v in overlaps.items()},
-        "vcmr_one_turn": {k: share(v - 0.1) for k, v in overlaps.items()},
-        **{"ver": share(0.956), "ver_turn1": share(0.94), "ver_final": share(0.96), "unparsable": share(0.004, 0.002)},
-        "mean_iou": share(0.89),
-        "tokens": {"text": share(41.3), "soft": {"value": 8.0, "low": 8.0, "high": 8.0}},
-        "queries": 500,
-        "failed": 2,
-        "by_turns": [
-            {"turns": t, "vcmr": {k: share(v - 0.1 / t + gain) for k, v in overlaps.items()}} for t in (1, 2, 3)
-        ],
-        "by_soft_tokens": [{"tokens": n, "R@1": share(0.37 + gain * (1 - math.exp(-n / 3)))} for n in range(9)],
-        "ablations": ablations,
-        "refinement_gain": {name: share(0.012 * place + 0.01) for place, name in enumerate(NAMES) if place},
-    }
-
-
-def turn(video: str, rank: int, answer: str | None, span: Any = (None, None)) -> Json:
-    said = {
-        "matched": f"0 to 3 s small != purple = cross = grow\n3 to 8 s small = purple = cross = grow\n"
-        f"<answer>matched</answer><start>{span[0]}</start><end>{span[1]}</end>",
-        "not_matched": "0 to 4 s large != red = ring = still != other <script>alert(1)</script>\n"
-        "<answer>not_matched</answer><REFINE>",
-        None: "0 to 4 s large != red",
-    }[answer]
-    score = 0.7 - 0.02 * rank
-    return {
-        "video_id": video, "score": score, "rank": rank, "text": said,
-        "answer": answer, "start": span[0], "end": span[1],
-    }  # fmt: skip
-
-
-def trajectory(number: int, text: str, turns: list[Json], stop: str) -> Json:
-    ranks = {"first_rank": turns[0]["rank"] if turns else None, "final_rank": turns[-1]["rank"] if turns else None}
-    truth = {"video_id": "video-0", "start": 4.0, "end": 8.0, "duration": 12.0}
-    return {"query_id": f"q{number}", "text": text, **truth, "stop": stop, **ranks, "turns": turns}
-
-
-def write_run(folder: Path, grpo: bool = True, steps: int = 200) -> Path:
-    """A run folder with four video files beside it, and everything else made up."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for number in range(4):
-        pixels = np.full((12, 64, 64, 3), (36, 40, 60), dtype=np.uint8)
-        for t in range(12):
-            pixels[t, 20:36, 4 * t : 4 * t + 16] = [(200, 60, 160), (80, 190, 220), (240, 180, 60), (120, 220, 90)][
-                number
-            ]
-        encode(folder / f"video-{number}.mp4", pixels, 1.0)
-    (folder / "config.yaml").write_text("preset: tiny\nseed: 1\nsft:\n  learning_rate: 0.0015\n  steps: 540\n")
-    clock, lines = 1_790_000_000.0, []
-    keys = {
-        "vision": ("loss", "accuracy"),
-        "embedder": ("loss", "caption", "contrastive", "R@1"),
-        "sft": ("loss", "answer", "retrieval", "learning_rate", "gradient_norm"),
-    }
-    if grpo:
-        keys["grpo"] = ("reward", "answer_reward", "retrieval_reward", "kl", "entropy", "skipped_groups")
-    for name, quantities in keys.items():
-        for step in range(1, steps + 1):
-            clock += 0.4
-            falling = math.exp(-step / 50)
-            numbers = {
-                key: (falling if place == 0 and name != "grpo" else 1 - falling) + 0.08 * generator.standard_normal()
-                for place, key in enumerate(quantities)
-            }
-            lines.append(json.dumps({"time": clock, "stage": name, "step": step, **numbers}))
-    (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"time": 17900')
-    result = {
-        "seed": 1, "split": "test", "queries": 500, "corpus_size": 400,
-        "stages_seconds": {"world": 31.0, "vision": 82.4, "embedder": 160.0, "sft": 201.2, "eval": 10.4},
-        "sft": stage(0.05),
-    }  # fmt: skip
-    if grpo:
-        result["grpo"] = stage(0.08)
-        result["difference"] = {
-            "before R@1": share(0.0, 0.0), "after R@1": share(0.03, 0.02), "vcmr 0.5": share(0.03, 0.035),
-            "ver": share(-0.02, 0.01), "mean_iou": {"value": None, "low": None, "high": None},
-            "text": share(0.4, 0.1),
-        }  # fmt: skip
-    (folder / "eval.json").write_text(json.dumps(result))
-    hit, miss = turn("video-0", 1, "matched", (3.5, 8.0)), turn("video-1", 5, "not_matched")
-    query = "a small plum cross grows on a striped teal ground"
-    rows = [
-        trajectory(0, query, [miss, turn("video-2", 3, "not_matched"), hit], "matched"),
-        trajectory(1, query, [hit], "matched"),
-        trajectory(2, query, [miss, turn("video-3", 2, "matched", (0.0, 3.0))], "matched"),
-        trajectory(3, query, [miss, turn("video-2", 4, None), turn("video-3", 4, "not_matched")], "turns"),
-        trajectory(4, query, [miss, hit], "matched"),
-        trajectory(5, "a query that failed", [], "failed"),
-    ]
-    (folder / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-class Page(HTMLParser):
-    """Headings, cards, and whether every element is closed."""
-
-    void = frozenset({"meta", "br", "img", "rect", "path", "use", "line"})
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.headings: list[str] = []
-        self.counts: dict[str, int] = {}
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        for name, value in attrs:
-            if name == "class" and value:
-                self.counts["." + value] = self.counts.get("." + value, 0) + 1
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
+HOSTILE = "</pre></script><script>alert('x')</script><img src=http://bad.example/x onerror=y>&amp;\"'"
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = write_run(tmp_path_factory.mktemp("runs") / "tiny <1>")
+    folder = write_run(tmp_path_factory.mktemp("runs") / "tiny <1>", steps=60)
     path = report.write_report(folder, lambda video_id: folder / f"{video_id}.mp4")
     assert path == folder / "report.html"
     assert not [path for path in folder.iterdir() if path.suffix in (".aside", ".tmp")]
@@ -184,17 +28,18 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_the_page_has_every_section_and_is_well_formed(page: str) -> None:
     found = Page(page)
-    assert found.open == ["html"] or not found.open
+    assert not found.open
     assert found.headings == [
-        "Results", "What GRPO changed", "Does refinement earn it?", "Soft tokens", "Turns", "Learning",
-        "Trajectories", "Settings",
+        "As in the paper", "What GRPO changed", "Soft tokens", "Turns", "Soft or in words", "Does refinement earn it?",
+        "Single queries", "Learning", "Trajectories", "All figures", "Settings",
     ]  # fmt: skip
-    assert found.counts["article"] == 5
+    assert found.counts["article"] == 6
     assert found.counts[".turn"] == 11
-    assert (found.counts[".answer yes"], found.counts[".answer no"]) == (9, 2)
-    assert found.counts["img"] == 11 * report.FRAMES
-    assert "Stage 2: GRPO" in page
-    assert "that are not shown: 1." in page
+    assert (found.counts[".yes"], found.counts[".no"]) == (9, 2)
+    assert found.counts["img"] == 10 * FRAMES + 4  # around 0 to 3 s there are but four, at one a second
+    assert "Stage 2: GRPO" in found.text
+    assert "that are not shown: 1." in found.text
+    assert "Not in this folder" not in found.text
 
 
 def test_the_page_needs_nothing_from_outside(page: str) -> None:
@@ -202,27 +47,22 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
     assert links
     assert all(link.startswith(("data:image/", "#")) for link in links)
     assert all(link.startswith("#") for link in re.findall(r"url\(([^)]*)\)", page))
+    assert "http" not in page
     assert "@import" not in page
     assert "<script" not in page
-    assert "&lt;script&gt;alert(1)" in page
     assert "<title>tiny &lt;1&gt;" in page
 
 
-def test_figures_are_what_eval_json_says(page: str) -> None:
-    text = re.sub(r"<[^>]+>", " ", page)
-    text = re.sub(r"\s+", " ", text)
-    assert "R@1 37.0 34.0 to 40.0 → 42.0 39.0 to 45.0 37.0 34.0 to 40.0 → 45.0 42.0 to 48.0" in text
-    assert "IoU ≥ 0.5 51.0 48.0 to 54.0 54.0 51.0 to 57.0" in text
-    assert "unparsable answers 0.4 0.2 to 0.6" in text
-    assert "soft tokens a refinement 8.0 8.0 failed queries, left out 2 2" in text
-    assert "2 of 3 do not" in text  # R@1 and VER; VCMR holds zero, mean IoU is undefined
-    assert "Of 5: 2 won after refinement, 1 won at once, 1 false accept, 1 never found" in text
-    assert "its rank: 5 → 3 → 1 → 1 (last query)" in text
+def keep(folder: Path, *names: str) -> None:
+    """Leave in eval.json only these figures of the first stage, so that no others are drawn."""
+    result = json.loads((folder / "eval.json").read_text())
+    result["sft"] = {name: result["sft"][name] for name in names}
+    (folder / "eval.json").write_text(json.dumps(result))
 
 
-def test_ids_of_inline_figures_do_not_collide(page: str) -> None:
+def test_links_and_ids_of_the_page_fit_each_other(page: str) -> None:
     ids = re.findall(r'\bid="([^"]+)"', page)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    used = set(re.findall(r'(?:href="#|url\(#|for=")([^")]+)', page))
     assert used <= set(ids)
     by_id: dict[str, set[str]] = {}
     for match in re.finditer(
@@ -232,92 +72,182 @@ def test_ids_of_inline_figures_do_not_collide(page: str) -> None:
     assert all(len(bodies) == 1 for bodies in by_id.values())
 
 
+def test_every_figure_is_named_and_its_colours_are_the_pages(page: str) -> None:
+    drawn = re.findall(r"<figure><svg.*?</svg>", page, re.DOTALL)
+    assert len(drawn) == 12
+    for svg in drawn:
+        named = re.search(r' role="img"><title>(.+?)</title><desc>(.+?)</desc>', svg)
+        assert named is not None
+        assert "nan" not in named[2]
+        colours = set(re.findall(r"(?:fill|stroke): *(#[0-9a-f]+)", svg))
+        assert colours <= {"#ffffff"}, colours
+        variables = set(re.findall(r"var\(--([a-z]+)\)", svg))
+        assert variables
+        assert all(page.count(f"--{name}:") == 2 for name in variables)  # by day and by night
+
+
+def test_figures_are_what_eval_json_says(page: str) -> None:
+    found = Page(page)
+    assert found.rows("R@1")[-1] == ["37.0 34.0 to 40.0 → 42.0 39.0 to 45.0", "37.0 34.0 to 40.0 → 45.0 42.0 to 48.0"]
+    assert found.rows("IoU ≥ 0.5")[0] == ["51.0 48.0 to 54.0", "54.0 51.0 to 57.0"]
+    assert found.rows("unparsable answers") == [["0.4 0.2 to 0.6", "0.4 0.2 to 0.6"]]
+    assert found.rows("soft tokens a refinement") == [["8.0", "8.0"]]
+    assert found.rows("failed queries, left out") == [["2", "2"]]
+    assert "2 of 3 do not" in found.text  # R@1 and VER; VCMR holds zero, mean IoU is undefined
+    assert found.rows("right answers, all turns")[0] == ["-2.0 -3.0 to -1.0"]
+
+
+def test_what_varies_is_in_tables_beside_its_figures(page: str) -> None:
+    found = Page(page)
+    by_tokens = next(table for table in found.tables if table[0][0] == "soft tokens")
+    assert by_tokens[0][3] == "R@1, rejected video excluded, SFT"
+    assert by_tokens[3][0:2] == ["2", "39.4 36.4 to 42.4"]
+    assert by_tokens[4][3] == "—"  # three soft tokens: only R@1 is there
+    assert by_tokens[5][3] == "45.0 42.0 to 48.0"
+    by_turns = [table for table in found.tables if table[0][0] == "turns"]
+    assert [table[2][1] for table in by_turns] == ["50.0 47.0 to 53.0", "38.0 35.0 to 41.0"]
+    assert by_turns[1][0][1::2] == ["R@1, last query, SFT", "VER, all turns, SFT", "Queries with a video accepted, SFT"]
+    assert found.rows("in words") == [
+        ["26.8 25.3 to 28.3"] * 2 + ["33.0 30.0 to 36.0"] * 2 + ["0.410 0.390 to 0.430"] * 2
+    ]
+    assert found.rows("exclusion only")[0][:3] == ["45.8 42.8 to 48.8", "48.8 45.8 to 51.8", "23.8 20.8 to 26.8"]
+
+
+def test_ranks_and_probabilities_are_counted(page: str) -> None:
+    found = Page(page)
+    assert "Rank before and after: 4 improved, 1 equal, 0 worse" in found.text
+    assert found.rows("right video accepted") == [["2", "1", "0"]]
+    assert found.rows("wrong video accepted") == [["1", "0", "0"]]
+    assert found.rows("none accepted") == [["1", "0", "0"]]
+    # of ten answers six say 0.08, all of them of wrong videos; four say 0.93, one of them of a wrong one
+    assert found.rows("0.08") == [["0.00", "6"]]
+    assert found.rows("0.93") == [["0.75", "4"]]
+    assert "10 answers; expected calibration error 12.0 %" in found.text
+
+
+def test_figures_of_ablations_json_join_those_of_eval_json(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", grpo=False, steps=1)
+    keep(folder, "ablations")
+    (folder / "log.jsonl").unlink()
+    more = {
+        "queries": 50,
+        "sft": {"ablations": {"rocchio": {"R@1": share(0.271)}, "exclusion only": {"R@1": share(0.111)}}},
+        "baselines": {"zero-shot": {"vcmr": {"0.5": share(0.07)}, "ver": share(0.3), "R@1": share(0.2)}},
+    }
+    (folder / "ablations.json").write_text(json.dumps(more))
+    (folder / "trajectories.jsonl").write_text("")
+    found = Page(report.write_report(folder, lambda video_id: folder / "none").read_text())
+    assert found.rows("rocchio")[0][0] == "27.1 24.1 to 30.1"
+    assert found.rows("exclusion only")[0] == ["11.1 8.1 to 14.1", "23.8 20.8 to 26.8", "49.8 46.8 to 52.8"]
+    assert found.rows("zero-shot")[0][1] == "7.0 4.0 to 10.0"
+    assert "ablations.json, over 50 queries; eval.json is over 500." in found.text
+    assert "queries 500" in found.text
+
+
 def test_a_run_without_grpo_and_controls_leaves_them_out(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", grpo=False, steps=1)
     result = json.loads((folder / "eval.json").read_text())
-    for key in ("ablations", "by_soft_tokens", "by_turns", "tokens", "refinement_gain"):
+    for key in ("ablations", "by_soft_tokens", "by_turns", "tokens", "refinement_gain", "refinements"):
         del result["sft"][key]
     result["sft"]["mean_iou"] = {"value": None, "low": None, "high": None}
     del result["stages_seconds"]
     (folder / "eval.json").write_text(json.dumps(result))
     (folder / "trajectories.jsonl").write_text("")
     text = report.write_report(folder, lambda video_id: folder / "none").read_text()
-    assert Page(text).headings == ["Results", "Learning", "Settings"]
+    assert Page(text).headings == ["As in the paper", "Learning", "All figures", "Settings"]
     assert "GRPO" not in text
     assert "nan" not in text
 
 
-def test_a_video_that_cannot_be_decoded_is_said_in_its_place(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [{"queries": 3}, {"vcmr": {"0.5": None}, "by_turns": [], "ablations": {"a": {}}}])
+def test_a_stage_that_holds_next_to_nothing_makes_no_holes(tmp_path: Path, stage: dict[str, Any]) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps({"sft": stage}))
+    text = report.write_report(tmp_path, lambda video_id: tmp_path / "none").read_text()
+    found = Page(text)
+    assert found.headings in (["Settings"], ["As in the paper", "Settings"])
+    assert not any(hole in text for hole in ("nan", "None", "<tbody></tbody>", "<div></div>"))
+    assert "Not in this folder, and so not in this report: log.jsonl, trajectories.jsonl." in found.text
+
+
+@pytest.mark.parametrize("name", report.PARTS)
+def test_one_part_of_a_run_is_enough(tmp_path: Path, name: str) -> None:
     folder = write_run(tmp_path / "run", grpo=False, steps=1)
-    (folder / "log.jsonl").write_text("")
-    (folder / "video-1.mp4").write_bytes(b"not a video")
-    text = report.write_report(folder, lambda video_id: folder / f"{video_id}.mp4").read_text()
-    assert Page(text).counts[".broken"] == 4
-    assert "video-1.mp4&#x27;:" in text
+    keep(folder, "before", "after", "vcmr")
+    for other in (*report.PARTS, "config.yaml"):
+        if other != name:
+            (folder / other).unlink()
+    shown = {"eval.json": "All figures", "log.jsonl": "Learning", "trajectories.jsonl": "Trajectories"}
+    headings = Page(report.write_report(folder, lambda video_id: folder / "none").read_text()).headings
+    assert shown.pop(name) in headings
+    assert not set(shown.values()) & set(headings)
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "log.jsonl", "eval.json", "trajectories.jsonl"])
-def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
-    folder = write_run(tmp_path / "run", steps=1)
-    (folder / name).unlink()
-    with pytest.raises(ConfigError, match=rf"has no {name}: "):
-        report.write_report(folder, lambda video_id: folder / video_id)
-    assert not (folder / "report.html").exists()
+def test_a_folder_without_any_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    with pytest.raises(ConfigError, match=r"has none of eval.json, log.jsonl, trajectories.jsonl"):
+        report.write_report(tmp_path, lambda video_id: tmp_path / video_id)
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", steps=1)
+    folder = write_run(tmp_path / "run", grpo=False, steps=1)
     with (folder / "trajectories.jsonl").open("a") as file:
         file.write("{broken\n")
     with pytest.raises(ConfigError, match=r"trajectories.jsonl line 7' is not JSON"):
         report.write_report(folder, lambda video_id: folder / video_id)
-    (folder / "eval.json").write_text("{}")
     (folder / "trajectories.jsonl").write_text("")
+    (folder / "eval.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"holds neither 'sft' nor 'grpo'"):
         report.write_report(folder, lambda video_id: folder / video_id)
 
 
-def test_the_gallery_fills_places_a_kind_leaves_free() -> None:
-    won = trajectory(0, "a", [turn("video-0", 1, "matched", (4.0, 8.0))], "matched")
-    lost = trajectory(1, "b", [turn("video-1", 2, "not_matched")], "turns")
-    failed = trajectory(2, "c", [], "failed")
-    kinds = [kind for kind, _ in report._chosen([failed, won, lost, *[won] * 20])]
-    assert kinds == ["won at once"] * 7 + ["never found"]
-    assert report._chosen([failed]) == []
+def test_hostile_texts_stay_texts(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", grpo=False, steps=1)
+    keep(folder, "vcmr")
+    result = json.loads((folder / "eval.json").read_text())
+    result |= {"dataset": HOSTILE, "split": HOSTILE, "seed": HOSTILE, "stages_seconds": {HOSTILE: 1.0}}
+    result["sft"]["ablations"] = {HOSTILE: {"R@1": share(0.2)}}
+    result["sft"]["refinement_gain"] = {HOSTILE: share(0.2)}
+    (folder / "eval.json").write_text(json.dumps(result))
+    (folder / "config.yaml").write_text(HOSTILE)
+    (folder / "log.jsonl").write_text(json.dumps({"time": 1, "stage": HOSTILE, "step": 1, HOSTILE: 2.0}))
+    rows = [json.loads(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"text": HOSTILE, "query_id": HOSTILE, "failure": HOSTILE}
+        row["video_id"] = HOSTILE if row["video_id"] == "video-0" else row["video_id"]
+        for turn in row["turns"]:
+            turn |= {"text": HOSTILE, "video_id": HOSTILE if turn["video_id"] == "video-0" else turn["video_id"]}
+    rows[0]["fallback"] = {"video_id": HOSTILE, "start": 1.0, "end": 2.0}
+    (folder / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = report.write_report(folder, lambda video_id: folder / "none" / video_id[:20]).read_text()
+    found = Page(text)
+    assert not found.open
+    assert "script" not in found.counts
+    assert "img" not in found.counts
+    assert found.text.count("onerror=y") > 20
 
 
-def test_a_figure_is_the_same_each_time() -> None:
-    points = {"sft": [(n, share(0.1 * n)) for n in range(3)]}
-    assert figures.against({"a": points}, "turns") == figures.against({"a": points}, "turns")
+def test_a_large_run_makes_no_large_page(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", grpo=False, steps=1)
+    keep(folder, "vcmr")
+    clock = ({"time": 1.0, "stage": "sft", "step": n, "loss": 1.0 / (n + 1) + n % 7} for n in range(10_000))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in clock))
+    (folder / "config.yaml").write_text("a: 1\n" * 200_000)
+    rows = [json.loads(line) for line in (folder / "trajectories.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["text"] *= 100
+        row["turns"] = [turn | {"text": turn["text"] * 100} for turn in row["turns"]] * 5
+    many = [row | {"text": "a", "turns": [turn | {"text": "b"} for turn in row["turns"][:1]]} for row in rows * 400]
+    (folder / "trajectories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, *many]))
+    text = report.write_report(folder, lambda video_id: folder / "none").read_text()
+    assert len(text) < 1 << 20
+    assert f"{figures_drawn(text):,} of 2,005 are drawn" in text
+    assert "more characters)" in text
+    assert "more turns." in text
 
 
-def test_a_span_bar_is_drawn_to_scale() -> None:
-    drawn = ElementTree.fromstring(figures.span_bar({"true": (3.0, 6.0), "said": (9.0, 20.0)}, 12.0))
-    boxes = [(box.get("x"), box.get("width")) for box in drawn.iter("rect")]
-    assert boxes == [("0", "100%"), ("25.00%", "25.00%"), ("75.00%", "25.00%")]
-    empty = ElementTree.fromstring(figures.span_bar({"true": None, "said": (None, 3.0)}, 12.0))
-    assert len(list(empty.iter("rect"))) == 1
-
-
-@pytest.mark.parametrize("height", [64, 480])
-def test_frames_are_neither_tiny_nor_huge(height: int) -> None:
-    import base64
-    import io
-
-    from PIL import Image
-
-    page = figures.strip([np.zeros((height, 2 * height, 3), np.uint8)], [1.25])
-    data = re.search(r"base64,([^\"]+)", page)
-    assert data is not None
-    image = Image.open(io.BytesIO(base64.b64decode(data[1])))
-    assert image.size == ((384, 192) if height == 64 else (480, 240))
-    assert "1.2 s" in page
-
-
-def test_names_of_lines_that_end_together_stand_apart() -> None:
-    lines = {name: [(turn, share(0.4 + place / 1000)) for turn in (1, 2, 3)] for place, name in enumerate("abc")}
-    drawn = ElementTree.fromstring(figures.against({"panel": lines}, "turns"))
-    texts = [one for one in drawn.iter("{http://www.w3.org/2000/svg}text") if one.text in lines]
-    heights = sorted(float(one.get("y", "nan")) for one in texts)
-    assert len(heights) == 3
-    assert all(below - above >= 10 for above, below in pairwise(heights)), heights
+def figures_drawn(text: str) -> int:
+    """Dots of the scatter plot of ranks; three more stand in its legend."""
+    drawn = re.search(r"<title>Rank of the right video.*?</svg>", text, re.DOTALL)
+    assert drawn is not None
+    return drawn[0].count("<use ") - 3

@@ -6,7 +6,9 @@ scale and an offset, are fitted so that they become the log-odds of the shown vi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -45,6 +47,39 @@ def fit(odds: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     return float(weights[0]), float(weights[1])
 
 
+@dataclass(frozen=True)
+class Bin:
+    """The answers whose probability lies in one of equally wide bins: the bin's middle, how many they are, their mean
+    probability, and the share of them whose video was the right one."""
+
+    centre: float
+    count: int
+    chance: float
+    right: float
+
+    def interval(self, normal: float = 1.96) -> tuple[float, float]:
+        """Wilson's interval of `right`, as if the answers were independent."""
+        spread = normal**2 / self.count
+        middle = (self.right + spread / 2) / (1 + spread)
+        half = math.sqrt(spread * self.right * (1 - self.right) + spread**2 / 4) / (1 + spread)
+        return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def reliability(chance: np.ndarray, right: np.ndarray, bins: int = 10) -> list[Bin]:
+    """The bins that hold an answer, of probabilities `chance` (n,) and whether the video was the right one (n,)."""
+    place = np.minimum((chance * bins).astype(int), bins - 1)
+    found = [(one, place == one) for one in np.unique(place)]
+    return [
+        Bin((one + 0.5) / bins, int(inside.sum()), float(chance[inside].mean()), float(right[inside].mean()))
+        for one, inside in found
+    ]
+
+
+def expected_error(bins: Sequence[Bin]) -> float:
+    """Expected calibration error: how far share and probability lie apart, weighted by the answers of each bin."""
+    return sum(one.count * abs(one.chance - one.right) for one in bins) / sum(one.count for one in bins)
+
+
 def errors(trajectories: Sequence[Trajectory], bins: int = 10) -> dict[str, float | None]:
     """brier: mean squared error of the probabilities; ece: expected calibration error over equal-width bins; None where no
     turn gave a probability."""
@@ -52,6 +87,4 @@ def errors(trajectories: Sequence[Trajectory], bins: int = 10) -> dict[str, floa
     if not len(odds):
         return {"brier": None, "ece": None}
     chance = 1 / (1 + np.exp(-odds))
-    place = np.minimum((chance * bins).astype(int), bins - 1)
-    gaps = [abs(float((chance - right)[place == one].sum())) for one in range(bins)]
-    return {"brier": float(((chance - right) ** 2).mean()), "ece": sum(gaps) / len(chance)}
+    return {"brier": float(((chance - right) ** 2).mean()), "ece": expected_error(reliability(chance, right, bins))}

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from vsr1.eval import figures
-from vsr1.eval.page import figure, note, section
+from vsr1.eval.page import figure, fold, note, section, table
 
 Json = dict[str, Any]
 Series = dict[str, tuple[list[float], list[float]]]
@@ -23,7 +23,7 @@ STAGES = {
 }
 _UNPLOTTED = {"time", "step", "stage"}
 # What stage 2 is watched by; the rest of its numbers stand behind a fold.
-_WATCHED = ("reward", "vcmr", "ver", "refine_gain_", "held_out_")
+_WATCHED = ("reward", "loss", "vcmr", "ver", "refine_gain_", "held_out_")
 
 
 def learning(log: Sequence[Json], torn: int) -> str:
@@ -49,13 +49,13 @@ def _series(records: Sequence[Json]) -> Series:
         points = [(step, value) for step, value in points if math.isfinite(value)]
         if points:
             series[key] = ([step for step, _ in points], [value for _, value in points])
-    return series
+    return {key: series[key] for key in sorted(series, key=lambda key: key != "loss")}
 
 
 def _panels(stage: str, series: Mapping[str, tuple[list[float], list[float]]], caption: str) -> str:
     colour = figures.COLOURS.get(stage, figures.MUTED)
     if stage != "grpo":
-        return figure(figures.curves(series, colour), caption)
+        return figure(figures.curves(series, colour), caption, _numbers(series))
     watched = {
         name: series[name]
         for prefix in _WATCHED
@@ -70,9 +70,16 @@ def _panels(stage: str, series: Mapping[str, tuple[list[float], list[float]]], c
             f"{caption} Of the sampled rollouts: reward, VCMR at IoU ≥ 0.5, right answers, and what refining at turn t "
             "added to the right video's probability. <b>Held out</b>: the loop on validation queries, greedy, where the "
             "gain of refining is that of the reciprocal rank.",
+            _numbers(watched),
         )
     if not rest:
         return shown
-    return (
-        f"{shown}<details><summary>All other numbers</summary>{figure(figures.curves(rest, colour), caption)}</details>"
-    )
+    return shown + fold("All other numbers", figure(figures.curves(rest, colour), caption, _numbers(rest)))
+
+
+def _numbers(series: Mapping[str, tuple[list[float], list[float]]]) -> str:
+    rows = [
+        [escape(name), *(f"{value:.4g}" for value in (values[0], values[-1], min(values), max(values)))]
+        for name, (_, values) in series.items()
+    ]
+    return table(["", "first", "last", "least", "most"], rows)

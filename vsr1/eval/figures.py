@@ -1,39 +1,49 @@
 """The report's figures: numbers in, one inline SVG out.
 
 Each function draws one figure with matplotlib's object interface (no global state, no display) and returns the `<svg>`
-element as text, ready to be put into a page. Text stays text, so figures take the page's font and can be searched.
+element as text, ready to be put into a page. Text stays text, so figures take the page's font and can be searched; colours
+become the page's variables, so one drawing serves a light page and a dark one. Every figure carries a title and a
+description for those who cannot see it.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import math
 import re
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
-INK, MUTED, GRID = "#1f2430", "#667085", "#e6e8ec"
+from vsr1.eval.calibration import Bin
+
+# What is drawn in one of these colours takes the page's variable instead, see `_svg`.
+INK, MUTED, GRID, AXIS = "#1f2430", "#667085", "#e6e8ec", "#c9ced6"
 COLOURS = {"sft": "#2f6db5", "grpo": "#d3722c"}  # told apart by every common colour vision
 CONTROL = "#b3bac5"
 GAIN, LOSS = "#2e8b62", "#b3372f"
+VARIABLES = {
+    INK: "ink", MUTED: "muted", GRID: "grid", AXIS: "axis", COLOURS["sft"]: "sft", COLOURS["grpo"]: "grpo",
+    CONTROL: "control", GAIN: "gain", LOSS: "loss",
+}  # fmt: skip
 STAGE_NAMES = {"sft": "SFT", "grpo": "GRPO"}
-FRAME_HEIGHT = 240  # pixels of a frame in the gallery at most
 LABEL_POINTS = 12.0  # from one label to the next
-WIDTH = 9.6  # inches; the page scales figures to its own width
+WIDTH, HALF = 9.6, 4.6  # inches of a figure across the page, and of one of two side by side; the page scales both
+MOST_POINTS = 1500  # dots of a scatter plot, and steps of a curve, that a page is asked to draw
 
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
-    "axes.edgecolor": "#c9ced6",
+    "axes.edgecolor": AXIS,
     "axes.labelcolor": MUTED,
     "axes.titlecolor": INK,
     "axes.titlesize": 10.5,
@@ -55,55 +65,80 @@ Figures = Mapping[str, Any]  # {"value", "low", "high"} of one metric; null wher
 Line = Sequence[tuple[float, Figures | None]]
 
 
-def triple(figure: Figures | None) -> tuple[float, float, float]:
-    """Value, low and high of a figure in percent; NaN where it is undefined."""
-    if figure is None:
+def triple(figure: Figures | None, scale: float = 100.0) -> tuple[float, float, float]:
+    """Value, low and high of a figure, in percent by default; NaN where it is undefined. Bounds that are missing are the
+    value itself."""
+    value = None if figure is None else figure.get("value")
+    if figure is None or value is None:
         return math.nan, math.nan, math.nan
-    value, low, high = (math.nan if figure.get(k) is None else 100.0 * figure[k] for k in ("value", "low", "high"))
-    return value, low, high
+    low, high = (value if figure.get(bound) is None else figure[bound] for bound in ("low", "high"))
+    return scale * value, scale * low, scale * high
+
+
+def is_defined(figure: Figures | None) -> bool:
+    return not math.isnan(triple(figure)[0])
 
 
 @matplotlib.rc_context(_STYLE)
-def against(lines: Mapping[str, Mapping[str, Line]], axis: str, baseline: str | None = None) -> str:
-    """Percent against a whole number, one panel a title: `lines[title][stage or name]` is a list of (x, figure).
+def against(
+    lines: Mapping[str, Mapping[str, Line]], axis: str, baseline: str | None = None, *, shared: bool = True
+) -> str:
+    """Percent against a whole number, one panel a title: `lines[title][stage]` is a list of (x, figure).
 
-    Bands are the intervals; `baseline` names a dotted line at the first point of each panel's first line.
+    Bands are the intervals; points without a value are left out. `baseline` names a dotted line at the first point of each
+    panel's first line. `shared`: all panels have one scale.
     """
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    panels = figure.subplots(1, len(lines), sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+    panels = figure.subplots(1, len(lines), sharey=shared, squeeze=False)[0]
     named_ends: list[list[tuple[float, float, str, str]]] = []
     for panel, (title, named) in zip(panels, lines.items(), strict=True):
-        shades = iter(["#9cc0e6", "#4f8fd0", "#1f5796", "#123a66"])
         ends: list[tuple[float, float, str, str]] = []
         named_ends.append(ends)
+        start = math.nan
         for name, points in named.items():
-            colour = COLOURS.get(name) or next(shades)
-            x = [point for point, _ in points]
-            value, low, high = np.array([triple(entry) for _, entry in points]).T
-            panel.fill_between(x, low, high, color=colour, alpha=0.14, linewidth=0)
-            panel.plot(x, value, color=colour, marker="o", markersize=4.5, linewidth=1.8)
-            ends.append((value[-1], x[-1], STAGE_NAMES.get(name, name), colour))
+            drawn = [(x, triple(entry)) for x, entry in points if is_defined(entry)]
+            if not drawn:
+                continue
+            x = [place for place, _ in drawn]
+            value, low, high = np.array([three for _, three in drawn]).T
+            panel.fill_between(x, low, high, color=COLOURS[name], alpha=0.14, linewidth=0)
+            panel.plot(x, value, color=COLOURS[name], marker="o", markersize=4.5, linewidth=1.8)
+            ends.append((value[-1], x[-1], STAGE_NAMES[name], COLOURS[name]))
             panel.set_xticks(x)
-        if baseline is not None:
-            start = triple(next(iter(named.values()))[0][1])[0]
+            start = value[0] if math.isnan(start) else start
+        if baseline is not None and not math.isnan(start):
             panel.axhline(start, color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
-            panel.annotate(baseline, (0, start), (2, -11), textcoords="offset points", color=MUTED, fontsize=9)
+            place = (1, start), (-3, -11)
+            panel.annotate(
+                baseline, place[0], place[1], xycoords=("axes fraction", "data"), textcoords="offset points",
+                color=MUTED, fontsize=9, ha="right",
+            )  # fmt: skip
         panel.set_title(title)
         panel.set_xlabel(axis)
         panel.grid(axis="x", visible=False)
-        panel.margins(x=0.09, y=0.12)
+        panel.margins(x=0.09, y=0.14)
     figure.draw_without_rendering()  # the limits and sizes that places of labels depend on
     for panel, ends in zip(panels, named_ends, strict=True):
         _label_ends(panel, ends)
-    panels[0].set_ylabel("percent of queries")
-    return _svg(figure, "against " + axis)
+    panels[0].set_ylabel("percent")
+    said = "; ".join(
+        f"{title}, {STAGE_NAMES[name]}: {_course([(x, triple(entry)[0]) for x, entry in points])}"
+        for title, named in lines.items()
+        for name, points in named.items()
+    )
+    return _svg(figure, f"{', '.join(lines)} against {axis}", said)
+
+
+def _course(points: Sequence[tuple[float, float]]) -> str:
+    shown = [f"{value:.1f} at {x:g}" for x, value in points if not math.isnan(value)]
+    return " ".join([shown[0], "to", shown[-1]]) if shown else "no value"
 
 
 def _label_ends(panel: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     """Write each line's name behind its end (y, x, name, colour); names of lines that end together move apart."""
     points = 72 / panel.figure.dpi
     lowest = -math.inf
-    for y, x, name, colour in sorted(end for end in ends if not math.isnan(end[0])):
+    for y, x, name, colour in sorted(ends):
         at = panel.transData.transform((x, y))[1] * points
         lowest = max(at, lowest + LABEL_POINTS)
         offset = (8, lowest - at)
@@ -111,38 +146,59 @@ def _label_ends(panel: Axes, ends: Sequence[tuple[float, float, str, str]]) -> N
 
 
 @matplotlib.rc_context(_STYLE)
-def ablations(columns: Sequence[str], rows: Mapping[str, Mapping[str, Mapping[str, Figures]]]) -> str:
-    """Bars of percent with intervals: one panel a column, one group a row name, one bar a stage.
+def bars(
+    columns: Mapping[str, tuple[str, float]],
+    rows: Mapping[str, Mapping[str, Mapping[str, Figures | None]]],
+    *,
+    first_is_method: bool = False,
+) -> str:
+    """Bars with intervals: one panel a column, one group a row name, one bar a stage.
 
-    `rows[name][stage][column]` is a figure. The first row, the method itself, is in full colour, the others are pale.
+    `columns[title]` is its unit and what its figures are multiplied by; `rows[name][stage][title]` is a figure. With
+    `first_is_method` the first row is in full colour and the others, its controls, are pale. A column that no row has is
+    left out.
     """
-    stages = list(next(iter(rows.values())))
-    height = 0.5 + 0.24 * len(rows) * (len(stages) + 0.7)
+    columns = {title: unit for title, unit in columns.items() if _has_column(rows, title)}
+    stages = list(dict.fromkeys(stage for named in rows.values() for stage in named))
+    height = 0.85 + 0.24 * len(rows) * (len(stages) + 0.7)
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     thick = 0.8 / len(stages)
-    for panel, column in zip(panels, columns, strict=True):
+    for panel, (column, (unit, scale)) in zip(panels, columns.items(), strict=True):
         for row, name in enumerate(rows):
             for place, stage in enumerate(stages):
-                value, low, high = triple(rows[name].get(stage, {}).get(column))
+                value, low, high = triple(rows[name].get(stage, {}).get(column), scale)
                 if math.isnan(value):
                     continue
                 y = row + (place - (len(stages) - 1) / 2) * thick
-                colour = COLOURS[stage]
-                panel.barh(y, value, thick * 0.86, color=colour, alpha=1.0 if row == 0 else 0.42)
+                pale = first_is_method and row > 0
+                panel.barh(y, value, thick * 0.86, color=COLOURS[stage], alpha=0.42 if pale else 1.0)
                 panel.plot([low, high], [y, y], color=INK, linewidth=1.1, alpha=0.7)
                 panel.annotate(
-                    f"{value:.1f}", (high, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK
-                )
+                    f"{value:.1f}" if value >= 1 or unit == "percent" else f"{value:.2g}",
+                    (high, y), (5, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK,
+                )  # fmt: skip
         panel.set_title(column)
         panel.grid(axis="y", visible=False)
-        panel.margins(x=0.14)
-        panel.set_xlim(left=0)
-        panel.set_xlabel("percent")
+        panel.margins(x=0.2)
+        panel.set_xlim(
+            0, max(panel.get_xlim()[1], 1.0 if unit == "percent" else 0.0)
+        )  # bars of nothing have a scale, too
+        panel.set_xlabel(unit)
+        panel.locator_params(axis="x", nbins=5)
         panel.spines["left"].set_visible(False)
     panels[0].set_yticks(range(len(rows)), list(rows), color=INK)
     panels[0].set_ylim(len(rows) - 0.45, -0.55)
-    return _svg(figure, "ablations")
+    if len(stages) > 1:
+        handles = [Patch(color=COLOURS[stage], label=f"after {STAGE_NAMES[stage]}") for stage in stages]
+        figure.legend(handles=handles, loc="outside upper right", ncols=len(stages), labelcolor=MUTED, fontsize=9)
+    return _svg(
+        figure, f"{', '.join(columns)} of {', '.join(rows)}", "Bars with 95 % intervals; the table has the numbers."
+    )
+
+
+def _has_column(rows: Mapping[str, Mapping[str, Mapping[str, Figures | None]]], title: str) -> bool:
+    return any(is_defined(figures.get(title)) for named in rows.values() for figures in named.values())
 
 
 @matplotlib.rc_context(_STYLE)
@@ -164,7 +220,8 @@ def differences(named: Mapping[str, Figures], axis: str) -> str:
     panel.set_xlabel(axis + ", percentage points")
     panel.grid(axis="y", visible=False)
     panel.spines["left"].set_visible(False)
-    return _svg(figure, "differences " + axis)
+    said = "; ".join("{} {:+.1f} ({:+.1f} to {:+.1f})".format(name, *triple(entry)) for name, entry in named.items())
+    return _svg(figure, axis, said)
 
 
 @matplotlib.rc_context(_STYLE)
@@ -179,7 +236,8 @@ def curves(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], colour
         panel.set_title(name.replace("_", " "), fontsize=9.5)
     for panel in panels[len(series) :]:
         panel.set_visible(False)
-    return _svg(figure, "curves " + " ".join(series))
+    said = "; ".join(f"{name}: {values[0]:.4g} to {values[-1]:.4g}" for name, (_, values) in series.items())
+    return _svg(figure, ", ".join(series) + " against steps", said)
 
 
 def _curve(panel: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> None:
@@ -189,58 +247,102 @@ def _curve(panel: Axes, steps: np.ndarray, values: np.ndarray, colour: str) -> N
     first = np.clip(np.arange(len(values)) - half, 0, None)
     last = np.clip(np.arange(len(values)) + half + 1, None, len(values))
     smooth = (total[last] - total[first]) / (last - first)
+    shown = thinned(len(values), 400)
+    steps = steps[shown]
     if half:
-        panel.plot(steps, values, color=colour, alpha=0.28, linewidth=0.8)
-    panel.plot(steps, smooth, color=colour, linewidth=1.8, marker="o" if len(values) == 1 else None, markersize=4)
+        panel.plot(steps, values[shown], color=colour, alpha=0.3, linewidth=0.8)
+    panel.plot(
+        steps, smooth[shown], color=colour, linewidth=1.8, marker="o" if len(values) == 1 else None, markersize=4
+    )
     panel.grid(axis="x", visible=False)
     panel.locator_params(nbins=4)
+    panel.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     panel.tick_params(labelsize=8.5)
 
 
-def span_bar(spans: Mapping[str, tuple[float | None, float | None] | None], duration: float) -> str:
-    """Spans in seconds on a bar as long as the video: `true` above, `said` below; what is unknown is not drawn."""
-    rows = {"true": (2, "#2e8b62"), "said": (10, COLOURS["grpo"])}
-    drawn = ['<rect x="0" y="8" width="100%" height="2" fill="#d9dde3"/>']
-    for name, (y, colour) in rows.items():
-        start, end = spans[name] or (None, None)
-        if start is None or end is None or duration <= 0:
-            continue
-        left, right = (100 * min(max(second / duration, 0.0), 1.0) for second in (start, end))
-        width = max(right - left, 0.4)  # an empty span still shows where it is
-        drawn.append(f'<rect x="{left:.2f}%" y="{y}" width="{width:.2f}%" height="6" rx="2" fill="{colour}"/>')
-        drawn.append(f"<title>{name}: {start:.1f} to {end:.1f} s</title>")
-    return f'<svg class="bar" role="img">{"".join(drawn)}</svg>'
+def thinned(count: int, most: int = MOST_POINTS) -> np.ndarray:
+    """At most `most` of `count` indices, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
-def strip(pixels: Sequence[np.ndarray], seconds: Sequence[float]) -> str:
-    """Frames (H, W, 3) side by side as HTML, each with its time under it."""
-    shown = zip(pixels, seconds, strict=True)
-    images = (f'<figure><img src="{_jpeg(p)}" alt=""><figcaption>{s:.1f} s</figcaption></figure>' for p, s in shown)
-    return f'<div class="strip">{"".join(images)}</div>'
+@matplotlib.rc_context(_STYLE)
+def ranks(groups: Mapping[str, Sequence[tuple[int, int]]]) -> str:
+    """Rank after the last query against rank before, both logarithmic: one cloud for each of at most three outcomes.
 
-
-def _jpeg(pixels: np.ndarray) -> str:
-    """A frame (H, W, 3) uint8 as a data URI of a JPEG, at most `FRAME_HEIGHT` high.
-
-    Small frames are enlarged in whole steps without smoothing, so that each of their pixels can be seen.
+    `groups[outcome]` holds (before, after). Points are jittered, because ranks are whole numbers; at most 1,500 are drawn.
     """
-    image = Image.fromarray(pixels)
-    if image.height > FRAME_HEIGHT:
-        image = image.resize((round(image.width * FRAME_HEIGHT / image.height), FRAME_HEIGHT), Image.Resampling.LANCZOS)
-    elif (times := FRAME_HEIGHT // image.height) > 1:
-        image = image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    figure = Figure(figsize=(HALF, 4.1), layout="constrained")
+    panel = figure.subplots()
+    points = np.array([(*pair, place) for place, pairs in enumerate(groups.values()) for pair in pairs], dtype=float)
+    shuffled = np.random.default_rng(0).permutation(points)  # no outcome lies above the others
+    shown = shuffled[thinned(len(shuffled))]
+    jitter = np.exp(np.random.default_rng(1).uniform(-0.13, 0.13, (len(shown), 2)))
+    shown[:, :2] *= jitter
+    most = max(10.0, float(points[:, :2].max())) * 1.4
+    panel.plot([0.7, most], [0.7, most], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    for place, (name, colour, marker) in enumerate(zip(groups, (GAIN, LOSS, CONTROL), "oXs", strict=False)):
+        x, y = shown[shown[:, 2] == place, :2].T
+        panel.scatter(x, y, s=16, color=colour, marker=marker, alpha=0.65, linewidths=0, label=name)
+    panel.set(xscale="log", yscale="log", xlim=(0.7, most), ylim=(0.7, most), aspect="equal")
+    ticks = [10**power for power in range(math.ceil(math.log10(most)))]
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_ticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.set_ticks([], minor=True)
+    panel.set_xlabel("rank of the right video, first query")
+    panel.set_ylabel("rank, last query")
+    for word, corner, across, up in (
+        ("worse", (0.03, 0.97), "left", "top"),
+        ("better", (0.97, 0.12), "right", "bottom"),
+    ):
+        panel.annotate(word, corner, xycoords="axes fraction", color=MUTED, fontsize=9, ha=across, va=up)
+    figure.legend(
+        loc="outside upper left", ncols=3, labelcolor=MUTED, fontsize=8.5, handletextpad=0.1, columnspacing=0.9
+    )
+    said = "; ".join(f"{name}: {len(pairs)} queries" for name, pairs in groups.items())
+    return _svg(figure, "Rank of the right video under the first and the last query", said)
 
 
-def _svg(figure: Figure, label: str) -> str:
-    """The figure as an `<svg>` element; ids come from the label, so figures of one page do not share them."""
+@matplotlib.rc_context(_STYLE)
+def reliability(bins: Sequence[Bin], colour: str) -> str:
+    """Share of right videos against the probability that was given, and below it how many answers each bin holds.
+
+    A point stands at its bin's mean probability; lines are 95 % Wilson intervals. Every bin must hold an answer.
+    """
+    figure = Figure(figsize=(HALF, 4.4), layout="constrained")
+    panel, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    panel.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=(0, (2, 3)))
+    panel.annotate("dotted: as often right as said", (0.03, 0.97), color=MUTED, fontsize=9, va="top")
+    for one in bins:
+        low, high = one.interval()
+        panel.plot([one.chance, one.chance], [low, high], color=colour, linewidth=1.4, alpha=0.6)
+        below.annotate(
+            f"{one.count:,}", (one.centre, one.count), (0, 3), textcoords="offset points",
+            ha="center", fontsize=8.5, color=INK,
+        )  # fmt: skip
+    panel.plot([one.chance for one in bins], [one.right for one in bins], color=colour, marker="o", linewidth=1.6)
+    below.bar([one.centre for one in bins], [one.count for one in bins], width=0.086, color=colour, alpha=0.5)
+    panel.set(xlim=(0, 1), ylim=(-0.03, 1.03), ylabel="share of right videos")
+    below.set(xlabel="P(matched)", ylabel="answers")
+    below.margins(y=0.3)
+    below.locator_params(axis="y", nbins=3)
+    below.grid(axis="x", visible=False)
+    said = "; ".join(f"said {one.chance:.2f}, right {one.right:.2f}, {one.count} answers" for one in bins)
+    return _svg(figure, "How often the shown video was right against the probability given for it", said)
+
+
+def _svg(figure: Figure, title: str, description: str) -> str:
+    """The figure as an `<svg>` element; ids come from its title, so figures of one page do not share them."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": label}):
+    with matplotlib.rc_context({"svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*">', "<g>", text)
-    return re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)  # the page gives the size
+    text = re.sub(r' (?:width|height)="[0-9.]+pt"', "", text, count=2)  # the page gives the size
+    text = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", text, count=2).replace("xlink:href", "href")  # HTML needs neither
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    opened = text.index(">") + 1
+    named = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+    return f'{text[: opened - 1]} role="img">{named}{text[opened:]}'
