@@ -264,13 +264,20 @@ class Building:
 
     @cached_property
     def splits(self) -> list[str]:
-        """The splits that have annotations; the training split must."""
-        found = []
+        """The training split, and the others that have annotations of videos that are there."""
+        found = [self.train]
         for split in self.settings.dataset.splits:
-            if self.place(split).is_file() or split in self.settings.annotations or split == self.train:
-                found.append(split)
+            if split == self.train:
+                continue
+            if split in self.settings.annotations or self.place(split).is_file():
+                if self.report(split).moments:
+                    found.append(split)
+                else:
+                    self.say(f"split '{split}' is left out: {self._unusable(split)}")
             else:
-                self.say(f"no annotations of split '{split}' (looked for '{self.place(split)}'): it is left out")
+                self.say(f"split '{split}' is left out: '{self.place(split)}' is not there")
+        if not self.report(self.train).moments:
+            raise ConfigError(self._unusable(self.train))
         return found
 
     def place(self, split: str) -> Path:
@@ -278,18 +285,18 @@ class Building:
         return self.settings.annotations.get(split) or Layout(self.settings.root).annotations(split)
 
     def report(self, split: str) -> Report:
-        """The checked annotations of a split, whose videos are those of the folder and those that the corpus has already;
-        ConfigError if no row can be used."""
+        """The checked annotations of a split, whose videos are those of the folder and those that the corpus has already."""
         if split not in self._reports:
             corpus = self.layout.corpus(split)
             held = Corpus.open(corpus).video_ids if (corpus / FILE).exists() else []
             videos = [*self.videos, *(video_id for video_id in held if self.videos.find(video_id) is None)]
-            report = validate_file(self.place(split), durations=self._length, videos=videos)
-            if not report.moments:
-                first = f", the first: {report.findings[0]}" if report.findings else ""
-                raise ConfigError(f"'{self.place(split)}': none of its {report.rows} rows can be used{first}")
-            self._reports[split] = report
+            self._reports[split] = validate_file(self.place(split), durations=self._length, videos=videos)
         return self._reports[split]
+
+    def _unusable(self, split: str) -> str:
+        report = self.report(split)
+        first = f", the first: {report.findings[0]}" if report.findings else ""
+        return f"none of the {report.rows} rows of '{self.place(split)}' can be used{first}"
 
     @cached_property
     def corpus_of_train(self) -> Corpus:
