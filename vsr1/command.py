@@ -6,8 +6,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NoReturn, Protocol
 
 from vsr1.errors import ConfigError, Vsr1Error
 
@@ -24,6 +25,35 @@ def no_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+class Progress(Protocol):
+    """Is told how far a phase is: `name` of it, steps `done` of `total`, and what else is worth a word."""
+
+    def __call__(self, name: str, done: int, total: int, note: str = "") -> None: ...
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Bars with an ETA on stderr (lines where that is no terminal), a new one whenever another phase is told of."""
+    from rich.console import Console
+
+    from vsr1.train.monitor import Phase, Terminal
+
+    class Lines(Terminal):
+        def say(self, text: str) -> None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)  # one line in a log, however long
+
+    terminal, phases = Lines(Console(stderr=True)), dict[str, Phase]()
+    with ExitStack() as open_phase:
+
+        def progress(name: str, done: int, total: int, note: str = "") -> None:
+            if name not in phases:
+                open_phase.close()  # one bar at a time
+                phases[name] = open_phase.enter_context(terminal.phase(name, total, done))
+            phases[name].update(done, total, note)
+
+        yield progress
 
 
 def guarded(work: Callable[[], int | None], kept: str = "finished stages and the last checkpoint are kept") -> int:

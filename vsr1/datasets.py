@@ -1,5 +1,7 @@
 """`vsr1 data`: what there is to do with data sets before anything is trained on them.
 
+`build` makes all that training reads from annotations and videos (`vsr1.building`).
+
 `check` says what is wrong with an annotation file. It ends with 0 if every row can be used, if need be repaired, with 1 if
 rows were refused, and with 2, like every command, if the file cannot be read at all. `import` makes corpora of artefacts
 that others have prepared (`vsr1.importing`).
@@ -12,18 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vsr1 import importing
+from vsr1.building import flags as build
 from vsr1.command import Parser, chosen, say
 from vsr1.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
-    """`vsr1 data check|import`."""
+    """`vsr1 data build|import|check`."""
     return chosen(_parser(), argv, kept="what was finished is kept")
 
 
 def _parser() -> Parser:
     parser = Parser(prog="vsr1 data", description="Data sets, before anything is trained on them.")
-    commands = parser.add_subparsers(required=True, metavar="check|import")
+    commands = parser.add_subparsers(required=True, metavar="build|import|check")
+    build.add_flags(
+        commands.add_parser("build", help="corpus, negatives and training files from annotations and videos")
+    )
     check = commands.add_parser("check", help="what is wrong with an annotation file")
     check.set_defaults(command=_check)
     check.add_argument(

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
-from vsr1.command import Parser, chosen, no_bars, say
+from vsr1.command import Parser, bars, chosen, no_bars, say
 from vsr1.errors import ConfigError
 
 
@@ -54,28 +53,14 @@ def _add(arguments: Namespace) -> int:
         if getattr(arguments, name) < least:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} must be at least {least}, got {getattr(arguments, name)}")
-    from rich.console import Console
-
     from vsr1 import ingest, job
     from vsr1.engine import open_embedder
-    from vsr1.train.monitor import Phase, Terminal, clock
-
-    class Lines(Terminal):
-        def say(self, text: str) -> None:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)  # one line in a log, however long
+    from vsr1.train.monitor import clock
 
     device = job.device_of(arguments.device)
     no_bars()
     embedder = open_embedder(arguments.run or arguments.embedder, run=arguments.run is not None).to(device)
-    terminal, phases = Lines(Console(stderr=True)), dict[str, Phase]()
-    with ExitStack() as open_phase:
-
-        def progress(name: str, done: int, total: int, note: str = "") -> None:
-            if name not in phases:
-                open_phase.close()  # one bar at a time
-                phases[name] = open_phase.enter_context(terminal.phase(name, total, done))
-            phases[name].update(done, total, note)
-
+    with bars() as progress:
         report = ingest.add(
             arguments.corpus,
             arguments.paths,

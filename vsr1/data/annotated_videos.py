@@ -53,6 +53,10 @@ class Videos:
     def __str__(self) -> str:
         return f"the {self._count} videos {self._source}"
 
+    def __iter__(self) -> Iterator[str]:
+        """The paths or ids that were given."""
+        return iter(dict.fromkeys(self._names.values()))
+
     def find(self, video_id: str) -> str | None:
         """The path or id that was given for this video, or None."""
         return self._names.get(video_id) or self._names.get(plain_name(video_id))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -47,6 +48,7 @@ def add(
     workers: int = 0,
     batch: int = 16,
     extensions: Collection[str] = EXTENSIONS,
+    names: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> IngestReport:
     """Add the videos among `paths` (files, and folders with all that lies below) to a corpus; call it again to go on after
@@ -58,6 +60,7 @@ def add(
         workers: files decoded at a time; 0: one per core.
         batch: videos embedded and committed together.
         extensions: what a video's name ends with, below folders; case does not matter.
+        names: the ids of videos by their absolute paths, where they are not to be known by their files' names.
         progress: called from this thread.
 
     A file that cannot be read, decoded or embedded is one of the report's `failures`, which are written to `failures.jsonl`
@@ -73,6 +76,8 @@ def add(
     began = time.monotonic()
     roots = [os.path.abspath(path) for path in paths]
     found, failures = find(roots, extensions)
+    if names:
+        found = [replace(one, name=names.get(one.path, one.name)) for one in found]
     if not found and not failures:
         raise ConfigError(f"no video below {', '.join(map(repr, roots))} (a name must end with {' '.join(extensions)})")
     opened = corpus if isinstance(corpus, Corpus) else _opened(Path(corpus), embedder)
