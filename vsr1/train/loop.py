@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from vsr1.train import checkpoint
 from vsr1.train.losses import as_numbers
 from vsr1.train.monitor import Monitor
 from vsr1.train.optimizer import optimizers
+from vsr1.train.precision import masters
 
 StepResult = tuple[Tensor | Iterable[Tensor] | None, dict[str, float]]
 
@@ -103,33 +104,19 @@ def train(
     """
     rate, decay = settings.learning_rate, settings.weight_decay
     used = optimizers(modules, parameters, lr=rate, muon=settings.muon, weight_decay=decay)
-    done = checkpoint.resume(keeper.folder, stage, modules, used)
-    groups = [group for optimizer in used for group in optimizer.param_groups]
-    weights = [weight for group in groups for weight in group["params"]]
-    saved = time.monotonic()
-    with ctrl_c() as pressed, keeper.monitor.phase(stage, settings.steps, done) as phase:
+    with ExitStack() as open_while:
+        open_while.enter_context(masters(used))
+        done = checkpoint.resume(keeper.folder, stage, modules, used)
+        pressed = open_while.enter_context(ctrl_c())
+        phase = open_while.enter_context(keeper.monitor.phase(stage, settings.steps, done))
+        saved = time.monotonic()
         for index in range(done, settings.steps):
             rate = settings.rate(index)
-            for group in groups:
-                group["lr"] = group["peak"] * rate
+            for optimizer in used:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * rate
             loss, numbers = step(index)
-            if loss is not None:
-                for optimizer in used:
-                    optimizer.zero_grad(set_to_none=True)
-                parts = []
-                for part in [loss] if isinstance(loss, Tensor) else loss:
-                    part.backward()
-                    parts.append(part.detach())
-                length = nn.utils.clip_grad_norm_(weights, settings.clip)
-                # Read only now, so that a GPU is waited for once; nothing has been updated yet.
-                numbers |= as_numbers(loss=torch.stack(parts).sum(), gradient_norm=length)
-                for name in ("loss", "gradient_norm"):
-                    if not math.isfinite(numbers[name]):
-                        raise Vsr1Error(
-                            f"stage '{stage}', step {index}: the {name} is {numbers[name]}; lower the learning rate"
-                        )
-                for optimizer in used:
-                    optimizer.step()
+            numbers = _update(f"stage '{stage}', step {index}", used, loss, numbers, settings.clip)
             if index % log_every == 0 or index + 1 == settings.steps:
                 keeper.monitor.record(stage, index, learning_rate=settings.learning_rate * rate, **numbers)
             phase.update(index + 1, note=f"loss {numbers.get('loss', float('nan')):.3f}")
@@ -140,3 +127,32 @@ def train(
                 saved = time.monotonic()
             if stop:
                 raise Interrupted(f"stopped in stage '{stage}' after step {index + 1} of {settings.steps}; it is saved")
+
+
+def _update(
+    where: str,
+    used: Sequence[torch.optim.Optimizer],
+    loss: Tensor | Iterable[Tensor] | None,
+    numbers: dict[str, float],
+    clip: float,
+) -> dict[str, float]:
+    """Differentiate the parts of a loss and, if there were any, update all weights. Returns the numbers to log, with the loss
+    and the length of its gradient."""
+    for optimizer in used:
+        optimizer.zero_grad(set_to_none=True)
+    parts = []
+    for part in [loss] if isinstance(loss, Tensor) else loss or ():
+        part.backward()
+        parts.append(part.detach())
+    weights = [weight for optimizer in used for group in optimizer.param_groups for weight in group["params"]]
+    if not parts:
+        return numbers
+    length = nn.utils.clip_grad_norm_(weights, clip)
+    # Read only now, so that a GPU is waited for once; nothing has been updated yet.
+    numbers |= as_numbers(loss=torch.stack(parts).sum(), gradient_norm=length)
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(numbers[name]):
+            raise Vsr1Error(f"{where}: the {name} is {numbers[name]}; lower the learning rate")
+    for optimizer in used:
+        optimizer.step()
+    return numbers
