@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vsr1.errors import Vsr1Error
-from vsr1.train import checkpoint
+from vsr1.train import checkpoint, parallel
 from vsr1.train.losses import as_numbers
 from vsr1.train.monitor import Monitor
 from vsr1.train.optimizer import optimizers
@@ -64,24 +64,27 @@ class Keeper:
 
 @contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only raises a flag, so that a step can end and be saved; a second one kills."""
+    """Inside, the first Ctrl-C or SIGTERM only raises a flag, so that a step can end and be saved; a second one kills. Not
+    where several processes train together: there one Ctrl-C arrives twice, from the terminal and from torchrun, which itself
+    kills what is still there after 30 seconds."""
     pressed = False
 
     def remember(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        if pressed:
+        if pressed and parallel.size() == 1:
             raise KeyboardInterrupt
         pressed = True
 
     try:
-        before = signal.signal(signal.SIGINT, remember)
+        before = {one: signal.signal(one, remember) for one in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: nobody can press Ctrl-C here
         yield lambda: False
         return
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def train(
@@ -100,9 +103,14 @@ def train(
     parameters: optimizer groups (`params`, optional `lr`). step(i) returns (loss, numbers to log), where the loss may come in
     parts that add up: each is differentiated before the next is computed, and numbers may be added meanwhile. It returns
     (None, numbers) where a batch has nothing to learn from: that is logged and no update is made. save_at: checkpoints
-    stand behind a multiple of that many steps only. Raises Interrupted after Ctrl-C, once saved.
+    stand behind a multiple of that many steps only. Raises Interrupted after Ctrl-C or SIGTERM, once saved.
+
+    Where several processes train together (`vsr1.train.parallel`), a step's loss is of this one's share; the means of losses
+    and gradients over them make the step, the first of them writes, and all stop behind the same one. A checkpoint may be
+    continued by another number of them.
     """
     rate, decay = settings.learning_rate, settings.weight_decay
+    parallel.begin_alike(modules)
     used = optimizers(modules, parameters, lr=rate, muon=settings.muon, weight_decay=decay)
     with ExitStack() as open_while:
         open_while.enter_context(masters(used))
@@ -117,14 +125,16 @@ def train(
                     group["lr"] = group["peak"] * rate
             loss, numbers = step(index)
             numbers = _update(f"stage '{stage}', step {index}", used, loss, numbers, settings.clip)
-            if index % log_every == 0 or index + 1 == settings.steps:
+            if parallel.first() and (index % log_every == 0 or index + 1 == settings.steps):
                 keeper.monitor.record(stage, index, learning_rate=settings.learning_rate * rate, **numbers)
             phase.update(index + 1, note=f"loss {numbers.get('loss', float('nan')):.3f}")
-            stop, last = pressed() and (index + 1) % save_at == 0, index + 1 == settings.steps
+            stop, last = parallel.anyone(pressed()) and (index + 1) % save_at == 0, index + 1 == settings.steps
             due = time.monotonic() - saved >= keeper.every and (index + 1) % save_at == 0
-            if stop or due or last:
+            if parallel.first() and (stop or due or last):
                 checkpoint.save(keeper.folder, stage, index + 1, modules, used)
                 saved = time.monotonic()
+            if stop or last:
+                parallel.wait()
             if stop:
                 raise Interrupted(f"stopped in stage '{stage}' after step {index + 1} of {settings.steps}; it is saved")
 
@@ -137,7 +147,7 @@ def _update(
     clip: float,
 ) -> dict[str, float]:
     """Differentiate the parts of a loss and, if there were any, update all weights. Returns the numbers to log, with the loss
-    and the length of its gradient."""
+    and the length of its gradient; with several processes, means of theirs."""
     for optimizer in used:
         optimizer.zero_grad(set_to_none=True)
     parts = []
@@ -145,11 +155,12 @@ def _update(
         part.backward()
         parts.append(part.detach())
     weights = [weight for optimizer in used for group in optimizer.param_groups for weight in group["params"]]
-    if not parts:
-        return numbers
+    if not parallel.average_gradients(weights):
+        return parallel.mean(numbers)
     length = nn.utils.clip_grad_norm_(weights, clip)
     # Read only now, so that a GPU is waited for once; nothing has been updated yet.
-    numbers |= as_numbers(loss=torch.stack(parts).sum(), gradient_norm=length)
+    numbers |= as_numbers(loss=torch.stack(parts).sum() if parts else length.new_zeros(()), gradient_norm=length)
+    numbers = parallel.mean(numbers)
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(numbers[name]):
             raise Vsr1Error(f"{where}: the {name} is {numbers[name]}; lower the learning rate")
