@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vsr1.agent import generate, rollout
 from vsr1.data.world import World
-from vsr1.errors import Vsr1Error
+from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.train import grpo, loop, parallel, sft
@@ -135,6 +135,14 @@ def test_alone_nothing_is_different() -> None:
     assert parallel.share([1, 2, 3]) == [1, 2, 3] and parallel.per_process(5) == 5 and not parallel.anyone(False)
     assert parallel.mean({"a": 1.5}) == {"a": 1.5}
     parallel.wait()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"more processes than there are GPUs here \(1\)"):
+        parallel.group(torch.device("cuda")).__enter__()
 
 
 def test_three_processes_end_where_one_ends(tmp_path: Path) -> None:

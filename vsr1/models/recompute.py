@@ -3,7 +3,8 @@
 A layer keeps its input, and its keys and values, which the cache holds anyway; whatever else it computed is computed again
 when its gradient is asked for. transformers' own switch gives up the cache, because a layer writes to it and would
 write a second time. Here a layer is shown what its cache held before, and what it adds is part of what it returns: the cache
-takes it once, outside. What is held grows by one vector of the model's width a layer and token, in place of some twenty.
+takes it once, outside. At the widths of Qwen3-VL-2B, in bfloat16, a layer so keeps 8 KB a token, half of them keys and values,
+in place of 113.
 """
 
 from __future__ import annotations

@@ -65,8 +65,7 @@ class Keeper:
 @contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
     """Inside, the first Ctrl-C or SIGTERM only raises a flag, so that a step can end and be saved; a second one kills. Not
-    where several processes train together: there one Ctrl-C arrives twice, from the terminal and from torchrun, which itself
-    kills what is still there after 30 seconds."""
+    where several processes train together: there torchrun passes them on, and itself kills what is left after 30 seconds."""
     pressed = False
 
     def remember(number: int, frame: FrameType | None) -> None:
