@@ -19,6 +19,7 @@ from vsr1.errors import CheckpointError
 from vsr1.models import checkpoints
 from vsr1.models.attention import share_prefixes
 from vsr1.models.embedder import Embedder
+from vsr1.models.recompute import recompute_layers
 from vsr1.models.refine import RefineHead
 from vsr1.models.tokenizer import REFINE, token_id
 from vsr1.models.vision import VideoEncoder, VideoSettings
@@ -74,6 +75,7 @@ class Policy(nn.Module):
         self.eos_id: int = tokenizer.eos_token_id
         self.kept: dict[str, Tensor] = {}  # of the checkpoint's refine modules, what is not used; saved again
         self._pieces: dict[int, str] = {}
+        self._checkpointing = False
         share_prefixes(model.model.language_model)
 
     @classmethod
@@ -162,6 +164,17 @@ class Policy(nn.Module):
         checkpoints.save_settings(folder, policy=asdict(self.settings), video=vars(video))
         if embedder is not None:
             embedder.save_pretrained(folder / checkpoints.EMBEDDER_FOLDER, layout=layout)
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether training keeps only what enters each layer of the language model, and computes the rest again: less memory,
+        a third more work, the same gradients."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self._checkpointing = on
+        recompute_layers(self.model.model.language_model.layers, on)
 
     def piece(self, token: int) -> str:
         """The text of one token, special ones included."""

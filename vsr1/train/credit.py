@@ -48,6 +48,8 @@ def judge(
 ) -> Judged:
     """Rewards and advantages of trajectories; groups (R,) says which query each belongs to; weights of the rewards;
     temperature of the softmax over the corpus."""
+    if not found:
+        return Judged(torch.zeros(0), torch.zeros(0), {})
     turns = [(row, place) for row, one in enumerate(found) for place in range(len(one.turns))]
     following = torch.stack([rewards.following_query(found[row], place) for row, place in turns])
     owners = [found[row].moment for row, _ in turns]

@@ -34,7 +34,7 @@ from vsr1.ops.corpus_scan import info_nce, scan
 from vsr1.ops.linear_logp import linear_logp
 from vsr1.ops.soft_query import gaussian_logp
 from vsr1.records import Moment, Trajectory, Turn
-from vsr1.train import lora
+from vsr1.train import lora, parallel
 from vsr1.train.credit import Credit, Judged, judge
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
@@ -155,12 +155,12 @@ def train_grpo(
     latest: list[Rolled] = []
 
     def asked(index: int) -> tuple[list[Moment], list[str | None], LoopSettings]:
-        """The queries of a step, the videos that their loops begin with (None: what is found), and how the loop goes."""
+        """This process' queries of a step, the videos that their loops begin with (None: what is found), and how the loop
+        goes: with noise of its own in each process."""
         rng = np.random.default_rng((seed, 4, index))
         pick = rng.choice(len(moments), min(settings.queries, len(moments)), replace=False)
-        sampling = Sampling(
-            settings.sampling_temperature, settings.top_p, settings.max_tokens, int(rng.integers(2**31))
-        )
+        seed_of_loop = int(rng.integers(2**31)) + parallel.rank()
+        sampling = Sampling(settings.sampling_temperature, settings.top_p, settings.max_tokens, seed_of_loop)
         loop = LoopSettings(
             turns=settings.turns_at(index),
             accumulate=settings.accumulate,
@@ -169,7 +169,8 @@ def train_grpo(
             sampling=sampling,
         )
         queries = [moments[i] for i in pick]
-        return queries, [one.video_id if rng.random() < settings.bootstrapped else None for one in queries], loop
+        first = [one.video_id if rng.random() < settings.bootstrapped else None for one in queries]
+        return parallel.share(queries), parallel.share(first), loop
 
     def expect(index: int) -> None:
         """Have the videos that a step will be shown first decoded meanwhile."""
@@ -185,7 +186,9 @@ def train_grpo(
         queries, first, loop = asked(index)
         policy.eval()
         read = policy.videos.misses
-        speaker.sync(policy)
+        if parallel.first():
+            speaker.sync(policy)
+        parallel.wait()
         found = rollout.run(
             policy, embedder, shelf, queries, settings=loop, first=first, speaker=speaker, failures=failures
         )
@@ -208,12 +211,17 @@ def train_grpo(
             latest[:] = [roll_out(index)]
         (rolled,) = latest
         numbers = dict(rolled.numbers)
-        if validate is not None and settings.validate_every and index % settings.validate_every == 0:
+        if (
+            validate is not None
+            and parallel.first()
+            and settings.validate_every
+            and index % settings.validate_every == 0
+        ):
             numbers |= validate()
         packs = pack(rolled, policy, shelf, settings)
         if (index + 1) % settings.updates == 0 and index + 1 < settings.optimisation.steps:
             expect(index + 1)
-        if not packs:
+        if not parallel.anyone(bool(packs)):
             return None, numbers
         return losses(learning, packs, numbers), numbers
 
@@ -314,15 +322,19 @@ class Learning:
 
 
 def losses(learning: Learning, packs: Sequence[Pack], numbers: dict[str, float]) -> Iterator[Tensor]:
-    """The loss of each pack; they add up to the loss of the step. `numbers` gets what is to be logged."""
+    """The loss of each pack; they add up to the loss of the step. `numbers` gets what is to be logged, at the end. Without
+    packs, the process takes part in what the others average over."""
     replies = [reply for one in packs for reply in one.replies]
     spoken = [len(reply.turn.token_ids) for reply in replies if teaches(reply, learning.settings)]
-    totals = Totals(sum(spoken), len(spoken), sum(reply.turn.actions is not None for reply in replies))
+    refined = sum(reply.turn.actions is not None for reply in replies)
+    totals = Totals(*(parallel.per_process(count) for count in (sum(spoken), len(spoken), refined)))
+    sums: dict[str, float] = {}
     for one in packs:
         loss, stats = _loss(learning, one, totals)
         for name, value in stats.items():
-            numbers[name] = numbers.get(name, 0.0) + value
+            sums[name] = sums.get(name, 0.0) + value
         yield loss
+    numbers |= parallel.mean(sums, absent=0.0)
 
 
 def teaches(reply: Reply, settings: GrpoTraining) -> bool:
@@ -332,11 +344,12 @@ def teaches(reply: Reply, settings: GrpoTraining) -> bool:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a step averages over: tokens and replies that are learned from, and replies that refined."""
+    """What a step averages over: tokens and replies that are learned from, and replies that refined (of all processes, a
+    process)."""
 
-    tokens: int
-    replies: int
-    refined: int
+    tokens: float
+    replies: float
+    refined: float
 
 
 def _loss(learning: Learning, one: Pack, totals: Totals) -> tuple[Tensor, dict[str, float]]:

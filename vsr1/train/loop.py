@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from vsr1.errors import Vsr1Error
-from vsr1.train import checkpoint
+from vsr1.train import checkpoint, parallel
 from vsr1.train.losses import as_numbers
 from vsr1.train.monitor import Monitor
 from vsr1.train.optimizer import optimizers
+from vsr1.train.precision import masters
 
 StepResult = tuple[Tensor | Iterable[Tensor] | None, dict[str, float]]
 
@@ -68,24 +69,26 @@ class Keeper:
 
 @contextmanager
 def ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only raises a flag, so that a step can end and be saved; a second one kills."""
+    """Inside, the first Ctrl-C or SIGTERM only raises a flag, so that a step can end and be saved; a second one kills. Not
+    where several processes train together: there torchrun passes them on, and itself kills what is left after 30 seconds."""
     pressed = False
 
     def remember(number: int, frame: FrameType | None) -> None:
         nonlocal pressed
-        if pressed:
+        if pressed and parallel.size() == 1:
             raise KeyboardInterrupt
         pressed = True
 
     try:
-        before = signal.signal(signal.SIGINT, remember)
+        before = {one: signal.signal(one, remember) for one in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not the main thread: nobody can press Ctrl-C here
         yield lambda: False
         return
     try:
         yield lambda: pressed
     finally:
-        signal.signal(signal.SIGINT, before)
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def train(
@@ -104,44 +107,67 @@ def train(
     parameters: optimizer groups (`params`, optional `lr`). step(i) returns (loss, numbers to log), where the loss may come in
     parts that add up: each is differentiated before the next is computed, and numbers may be added meanwhile. It returns
     (None, numbers) where a batch has nothing to learn from: that is logged and no update is made. save_at: checkpoints
-    stand behind a multiple of that many steps only. Raises Interrupted after Ctrl-C, once saved.
+    stand behind a multiple of that many steps only. Raises Interrupted after Ctrl-C or SIGTERM, once saved.
+
+    Where several processes train together (`vsr1.train.parallel`), a step's loss is of this one's share; the means of losses
+    and gradients over them make the step, the first of them writes, and all stop behind the same one. A checkpoint may be
+    continued by another number of them.
     """
     rate, decay = settings.learning_rate, settings.weight_decay
+    parallel.begin_alike(modules)
     used = optimizers(modules, parameters, lr=rate, muon=settings.muon, weight_decay=decay)
-    done = checkpoint.resume(keeper.folder, stage, modules, used)
-    groups = [group for optimizer in used for group in optimizer.param_groups]
-    weights = [weight for group in groups for weight in group["params"]]
-    saved = time.monotonic()
-    with ctrl_c() as pressed, keeper.monitor.phase(stage, settings.steps, done) as phase:
+    with ExitStack() as open_while:
+        open_while.enter_context(masters(used))
+        done = checkpoint.resume(keeper.folder, stage, modules, used)
+        pressed = open_while.enter_context(ctrl_c())
+        phase = open_while.enter_context(keeper.monitor.phase(stage, settings.steps, done))
+        saved = time.monotonic()
         for index in range(done, settings.steps):
             rate = settings.rate(index)
-            for group in groups:
-                group["lr"] = group["peak"] * rate
+            for optimizer in used:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["peak"] * rate
             loss, numbers = step(index)
-            if loss is not None:
-                for optimizer in used:
-                    optimizer.zero_grad(set_to_none=True)
-                parts = []
-                for part in [loss] if isinstance(loss, Tensor) else loss:
-                    part.backward()
-                    parts.append(part.detach())
-                length = nn.utils.clip_grad_norm_(weights, settings.clip)
-                # Read only now, so that a GPU is waited for once; nothing has been updated yet.
-                numbers |= as_numbers(loss=torch.stack(parts).sum(), gradient_norm=length)
-                for name in ("loss", "gradient_norm"):
-                    if not math.isfinite(numbers[name]):
-                        raise Vsr1Error(
-                            f"stage '{stage}', step {index}: the {name} is {numbers[name]}; lower the learning rate"
-                        )
-                for optimizer in used:
-                    optimizer.step()
-            if index % log_every == 0 or index + 1 == settings.steps:
+            numbers = _update(f"stage '{stage}', step {index}", used, loss, numbers, settings.clip)
+            if parallel.first() and (index % log_every == 0 or index + 1 == settings.steps):
                 keeper.monitor.record(stage, index, learning_rate=settings.learning_rate * rate, **numbers)
             phase.update(index + 1, note=f"loss {numbers.get('loss', float('nan')):.3f}")
-            stop, last = pressed() and (index + 1) % save_at == 0, index + 1 == settings.steps
+            stop, last = parallel.anyone(pressed()) and (index + 1) % save_at == 0, index + 1 == settings.steps
             due = time.monotonic() - saved >= keeper.every and (index + 1) % save_at == 0
-            if stop or due or last:
+            if parallel.first() and (stop or due or last):
                 checkpoint.save(keeper.folder, stage, index + 1, modules, used)
                 saved = time.monotonic()
+            if stop or last:
+                parallel.wait()
             if stop:
                 raise Interrupted(f"stopped in stage '{stage}' after step {index + 1} of {settings.steps}; it is saved")
+
+
+def _update(
+    where: str,
+    used: Sequence[torch.optim.Optimizer],
+    loss: Tensor | Iterable[Tensor] | None,
+    numbers: dict[str, float],
+    clip: float,
+) -> dict[str, float]:
+    """Differentiate the parts of a loss and, if there were any, update all weights. Returns the numbers to log, with the loss
+    and the length of its gradient; with several processes, means of theirs."""
+    for optimizer in used:
+        optimizer.zero_grad(set_to_none=True)
+    parts = []
+    for part in [loss] if isinstance(loss, Tensor) else loss or ():
+        part.backward()
+        parts.append(part.detach())
+    weights = [weight for optimizer in used for group in optimizer.param_groups for weight in group["params"]]
+    if not parallel.average_gradients(weights):
+        return parallel.mean(numbers)
+    length = nn.utils.clip_grad_norm_(weights, clip)
+    # Read only now, so that a GPU is waited for once; nothing has been updated yet.
+    numbers |= as_numbers(loss=torch.stack(parts).sum() if parts else length.new_zeros(()), gradient_norm=length)
+    numbers = parallel.mean(numbers)
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(numbers[name]):
+            raise Vsr1Error(f"{where}: the {name} is {numbers[name]}; lower the learning rate")
+    for optimizer in used:
+        optimizer.step()
+    return numbers

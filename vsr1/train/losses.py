@@ -236,8 +236,9 @@ def latent_loss(
     return loss, as_numbers(loss=loss, **stats)
 
 
-def sft_loss(logp: Tensor, weight: Tensor) -> Tensor:
-    """Weighted token mean of the negative log-likelihood: -sum(weight logp) / sum(weight).
+def sft_loss(logp: Tensor, weight: Tensor, *, denominator: float | None = None) -> Tensor:
+    """Weighted token mean of the negative log-likelihood: -sum(weight logp) / sum(weight). `denominator` replaces the sum of
+    weights, where a step is taken in parts.
 
     logp, weight: (B, T); weights are at least 0, and 0 marks tokens that are not learned (whatever logp holds there).
     Larger weights on the verdict and the times keep them from drowning in the rationale. Raises ValueError for
@@ -249,7 +250,8 @@ def sft_loss(logp: Tensor, weight: Tensor) -> Tensor:
         where = wrong.nonzero()[0].tolist()
         raise ValueError(f"weight at {where} is {weight[tuple(where)].item()}; weights are finite and at least 0")
     _require(learned)
-    return -(weight * _wide(logp).masked_fill(~learned, 0)).sum() / weight.sum()
+    total = weight.sum() if denominator is None else denominator
+    return -(weight * _wide(logp).masked_fill(~learned, 0)).sum() / total
 
 
 def distillation_loss(soft: Tensor, target: Tensor, power: Tensor | None = None) -> Tensor:

@@ -87,6 +87,18 @@ class Monitor(Terminal):
             self._board.add_scalar(f"{stage}/{key}", value, step)
 
 
+class Silent(Monitor):
+    """Says nothing and keeps nothing: for all but the first of several processes that train together."""
+
+    def __init__(self) -> None:
+        Terminal.__init__(self, Console(quiet=True))
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def record(self, stage: str, step: int, **values: float) -> None:
+        """Nothing."""
+
+
 class Phase:
     """The progress of one phase."""
 
