@@ -100,7 +100,7 @@ def test_figures_are_what_eval_json_says(page: str) -> None:
 def test_what_varies_is_in_tables_beside_its_figures(page: str) -> None:
     found = Page(page)
     by_tokens = next(table for table in found.tables if table[0][0] == "soft tokens")
-    assert by_tokens[0][3] == "R@1, rejected video excluded, SFT"
+    assert by_tokens[0][3] == "R@1, rejected videos excluded, SFT"
     assert by_tokens[3][0:2] == ["2", "39.4 36.4 to 42.4"]
     assert by_tokens[4][3] == "—"  # three soft tokens: only R@1 is there
     assert by_tokens[5][3] == "45.0 42.0 to 48.0"

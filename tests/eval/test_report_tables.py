@@ -51,6 +51,7 @@ def test_nothing_is_said_to_be_published_of_other_data(dataset: str | None) -> N
     assert "published" not in text.lower()
     assert "public" not in text.lower()
     assert "points" not in text
+    assert "Zero-shot</b>: the policy before any training" in text
 
 
 def test_published_rows_stand_beside_ours_with_the_difference() -> None:

@@ -325,6 +325,7 @@ def reliability(bins: Sequence[Bin], colour: str) -> str:
     below.set(xlabel="P(matched)", ylabel="answers")
     below.margins(y=0.3)
     below.locator_params(axis="y", nbins=3)
+    below.tick_params(axis="x", pad=7)  # clear of the zero beside it
     below.grid(axis="x", visible=False)
     said = "; ".join(f"said {one.chance:.2f}, right {one.right:.2f}, {one.count} answers" for one in bins)
     return _svg(figure, "How often the shown video was right against the probability given for it", said)

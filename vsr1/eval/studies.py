@@ -20,7 +20,6 @@ Stages = Mapping[str, Json]
 
 METHOD = "refinement + exclusion"
 _TURNED = "The same trajectories cut after 1, 2, .. turns: an accept counts only if it had come by then."
-_WORDS = "in words"
 
 
 def difference(changes: Mapping[str, Json]) -> str:
@@ -134,7 +133,7 @@ def soft_tokens(stages: Stages) -> str:
     """Figures when only the first soft tokens of a refinement are inserted."""
     wanted: dict[str, Callable[[Json], Any]] = {
         "R@1 over the whole corpus": lambda row: row.get("R@1"),
-        "R@1, rejected video excluded": lambda row: row.get("R@1 excluded"),
+        "R@1, rejected videos excluded": lambda row: row.get("R@1 excluded"),
         "VCMR, IoU ≥ 0.5": _vcmr("0.5"),
     }
     panels = _lines(stages, "by_soft_tokens", "tokens", wanted)
@@ -145,8 +144,10 @@ def soft_tokens(stages: Stages) -> str:
         "Soft tokens",
         figure(
             figures.against(panels, "soft tokens inserted", "no soft tokens", shared=False),
-            "Only the first n soft tokens of a refinement are inserted; n = 0 is the plain query. A line that "
-            "rises steadily says that later tokens add something; bands are 95 % intervals of each point alone.",
+            "Only the first n soft tokens of a refinement are inserted; n = 0 is the plain query. <b>R@1 over the whole "
+            "corpus</b> is that of the first refinement alone, the others are of the whole loop, every refinement of it "
+            "shortened. A line that rises steadily says that later tokens add something; bands are 95 % intervals of each "
+            "point alone.",
             _numbers({**panels, **_lines(stages, "by_soft_tokens", "tokens", others)}, "soft tokens"),
         ),
     )
@@ -190,7 +191,7 @@ def refinements(stages: Stages) -> str:
         "Time": ("seconds", 1.0),
     }
     keys = dict(zip(columns, ("tokens", "R@1", "seconds"), strict=True))
-    names = {"soft": "soft tokens", "hard": _WORDS}
+    names = {"soft": "soft tokens", "hard": "in words"}
     rows = {
         name: {
             stage: {title: group(one["refinements"], kind).get(key) for title, key in keys.items()}
@@ -213,8 +214,9 @@ def refinements(stages: Stages) -> str:
         "Soft or in words",
         figure(
             figures.bars(columns, rows),
-            "The same loop with refinement by soft tokens, and with the query rewritten in words by the policy: tokens made "
-            "for a refinement, R@1 of the last query, and the time it takes. Thin lines are 95 % intervals.",
+            "The same loop with refinement by soft tokens, and with the policy's own words behind the query: tokens made for a "
+            "refinement; R@1 of the last query, rejected videos excluded; seconds from the query and the rejected video to the "
+            "new query's vector. Thin lines are 95 % intervals.",
             numbers,
         ),
     )

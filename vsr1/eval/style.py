@@ -4,8 +4,8 @@ from __future__ import annotations
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f5f6f8; --card: #fff; --soft: #f3f5f8; --ink: #1f2430; --muted: #5d6879;
-  --line: #e4e7ec; --grid: #e6e8ec; --axis: #c9ced6; --sft: #2f6db5; --grpo: #c9621b; --control: #a9b2bf;
-  --gain: #2a8259; --loss: #b3372f; --bad: #fdeceb; --good: #e4f4ec; --near: #fdf3dc; --near-ink: #8a5a00; }
+  --line: #e4e7ec; --grid: #e6e8ec; --axis: #c9ced6; --sft: #2f6db5; --grpo: #bb5614; --control: #a9b2bf;
+  --gain: #21734c; --loss: #b3372f; --bad: #fdeceb; --good: #e4f4ec; --near: #fdf3dc; --near-ink: #8a5a00; }
 @media (prefers-color-scheme: dark) { :root { --page: #0e1218; --card: #171c25; --soft: #1f2631; --ink: #e7eaf0;
   --muted: #9ca7b8; --line: #2b3340; --grid: #29313d; --axis: #465162; --sft: #6caef3; --grpo: #f2985b;
   --control: #66728a; --gain: #52c391; --loss: #f27c73; --bad: #40221f; --good: #17382a; --near: #3c3014;

@@ -94,10 +94,22 @@ def main_table(evaluation: Json, stages: Mapping[str, Json]) -> str:
         f'<div class="wide"><table class="paper"><thead>{top}<tr><th></th>{names}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>",
         note(
-            "Percent with 95 % bootstrap intervals over queries. <b>First query, no loop</b>: the embedder alone. "
+            f"Percent with 95 % bootstrap intervals over queries. {_about_baselines(baselines)}"
+            "<b>First query, no loop</b>: the embedder alone. "
             "<b>VER, all turns</b>: share of right answers over all executed turns, an unreadable one being wrong."
             + (_about_published() if both else "")
         ),
+    )
+
+
+def _about_baselines(baselines: Mapping[str, Any]) -> str:
+    meanings = {
+        published.ZERO_SHOT: "the policy before any training on this data, asked about the first video only; where nothing "
+        "pretrained went into it, as in the rendered world, a floor and no more",
+        published.ONE_SHOT: "a trained policy, asked about the first video only",
+    }
+    return "".join(
+        f"<b>{name.capitalize()}</b>: {meaning}. " for name, meaning in meanings.items() if baselines.get(name)
     )
 
 
