@@ -30,7 +30,7 @@ FLOORS = {
     "eval": 5,
 }
 # The top floor is one room: the modules people start, and what they share.
-COMMANDS = {"cli", "command", "indexing", "evaluating", "datasets"}
+COMMANDS = {"cli", "command", "indexing", "evaluating", "ablating", "datasets"}
 TOP = COMMANDS | {"serve", "config", "job", "engine", "doctor", "__main__", "__init__"}
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ from vsr1.data.vocabulary import all_words
 from vsr1.data.world import World, build
 from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.eval import calibration, metrics
+from vsr1.eval.ablations import Ablations, baseline
 from vsr1.eval.evaluate import Evaluation, as_json, evaluate
 from vsr1.eval.report import write_report
 from vsr1.files import write_whole
@@ -235,8 +236,7 @@ class Job:
 
         def make() -> Policy:
             shelf = self.corpus("train", embedder, [scene.video_id for scene in self.world().scenes("train")])
-            torch.manual_seed(self.config.seed)
-            policy = Policy.tiny(embedder, soft_tokens=self.config.model.soft_tokens).to(self.device)
+            policy = untrained(embedder, self.config).to(self.device)
             train_sft(policy, embedder, self.world(), shelf, self.config.sft, self.config.seed, self.keeper)
             self._calibrate(policy, embedder)
             return policy
@@ -331,9 +331,16 @@ class Job:
             with self.monitor.phase(f"evaluate {stage}", len(moments)) as phase:
                 settings, seed = self.config.evaluation, self.config.seed
                 found[stage] = evaluate(policy, embedder, shelf, moments, settings, seed, progress=phase.update)
-        self._write(found, len(moments), len(shelf.video_ids))
+        with self.monitor.phase("evaluate zero-shot", len(moments)) as phase:
+            base = untrained(embedder, self.config).to(self.device).eval()
+            settings, seed = self.config.evaluation, self.config.seed
+            work = Ablations(
+                base, embedder, shelf, moments, settings, seed, progress=lambda _, *done: phase.update(*done)
+            )
+            baselines = {"zero-shot": baseline(work), "fine-tuned one-shot": found["sft"].baseline}
+        self._write(found, baselines, len(moments), len(shelf.video_ids))
 
-    def _write(self, found: dict[str, Evaluation], queries: int, corpus_size: int) -> None:
+    def _write(self, found: dict[str, Evaluation], baselines: dict[str, Any], queries: int, corpus_size: int) -> None:
         difference = metrics.difference(found["sft"].trajectories, found["grpo"].trajectories)
         both = [query for query in found["sft"].found if query in found["grpo"].found]
         now, before = ([found[stage].found[query] for query in both] for stage in ("grpo", "sft"))
@@ -345,11 +352,18 @@ class Job:
             "corpus_size": corpus_size,
             "stages_seconds": self._spent("eval"),
             **{stage: evaluation.figures for stage, evaluation in found.items()},
+            "baselines": baselines,
             "difference": {name: interval.as_dict() for name, interval in difference.items()},
         }
         lines = "".join(json.dumps(as_json(one)) + "\n" for one in found["grpo"].trajectories)
         for name, text in (("trajectories.jsonl", lines), ("eval.json", json.dumps(result, indent=1))):
             write_whole(self.folder / name, text)
+
+
+def untrained(embedder: Embedder, config: RunConfig) -> Policy:
+    """The policy before any training: the embedder's language model, and a head drawn from the run's seed."""
+    torch.manual_seed(config.seed)
+    return Policy.tiny(embedder, soft_tokens=config.model.soft_tokens)
 
 
 def _texts() -> list[str]:
