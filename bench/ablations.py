@@ -23,20 +23,14 @@ import numpy as np
 
 from bench.learning import cell, interval, pooled
 from bench.readme import replace as replace_between
-from vsr1 import config as configuration
+from vsr1.ablating import WorldRun
 from vsr1.agent import rollout
 from vsr1.agent.rollout import LoopSettings
 from vsr1.agent.speech import Sampling
 from vsr1.agent.verdict import Memo
-from vsr1.config import RunConfig
-from vsr1.corpus import Corpus
-from vsr1.data.world import World, build
-from vsr1.eval import evaluate, metrics
-from vsr1.models.embedder import Embedder
+from vsr1.eval import ablations, metrics
 from vsr1.models.policy import Policy
-from vsr1.records import Moment
 from vsr1.train.grpo import train_grpo
-from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper
 from vsr1.train.monitor import Monitor
 from vsr1.train.sft import meanings, train_sft
@@ -74,26 +68,7 @@ LOOPS = {
 Figures = dict[str, Any]
 
 
-class Start:
-    """The models, queries and corpora of a finished run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config: RunConfig = configuration.load(folder / "config.yaml")
-        self.world: World = build(folder / "world", self.config.world, self.config.seed)
-        self.embedder = Embedder.from_pretrained(folder / "models" / "embedder").eval().requires_grad_(False)
-
-    def policy(self, name: str) -> Policy:
-        return Policy.from_pretrained(self.folder / "models" / name, videos=self.embedder.videos)
-
-    def shelf(self, corpus: str) -> Shelf:
-        return Shelf(Corpus.open(self.folder / "corpus" / corpus, self.embedder.identity), self.embedder.videos)
-
-    def moments(self, split: str) -> list[Moment]:
-        return [query.moment for query in self.world.queries(split)]
-
-
-def learn(start: Start, variant: str) -> Policy:
+def learn(start: WorldRun, variant: str) -> Policy:
     """The policy of a variant: trained here, except for those that the run holds."""
     if variant in ("start", "default"):
         return start.policy("policy-sft" if variant == "start" else "policy-grpo")
@@ -120,7 +95,7 @@ def learn(start: Start, variant: str) -> Policy:
     return policy.eval()
 
 
-def further(start: Start, policy: Policy) -> Policy:
+def further(start: WorldRun, policy: Policy) -> Policy:
     """As many steps of SFT as stage 2 takes, at a rate that a finished policy bears, soft tokens learning from the first."""
     settings = start.config.sft
     settings = replace(
@@ -138,7 +113,7 @@ def further(start: Start, policy: Policy) -> Policy:
     return policy.eval()
 
 
-def measure(start: Start, policy: Policy) -> dict[str, Figures]:
+def measure(start: WorldRun, policy: Policy) -> dict[str, Figures]:
     """Per loop, one number a test query: whether it was solved (vcmr) and whether the right video leads the last ranking once
     the rejected ones have left it (R@1)."""
     settings, shelf = start.config.evaluation, start.shelf("test")
@@ -154,7 +129,7 @@ def measure(start: Start, policy: Policy) -> dict[str, Figures]:
             raise SystemExit(f"'{start.folder}': {next(one.failure for one in done if one.failure)}")
         found[name] = {
             "vcmr": metrics.per_query(done)["vcmr 0.5"].tolist(),
-            "R@1": evaluate.hits(done, shelf.matrix(), rows, exclude=True).tolist(),
+            "R@1": ablations.hits(done, shelf.matrix(), rows, exclude=True).tolist(),
             "ver": metrics.verification(done)["ver"],
         }
     return found
@@ -163,7 +138,7 @@ def measure(start: Start, policy: Policy) -> dict[str, Figures]:
 def run(folders: Sequence[Path], only: Sequence[str]) -> None:
     """Train and measure; results of other variants and seeds stay."""
     for folder in folders:
-        start = Start(folder)
+        start = WorldRun(folder)
         for variant in only or VARIANTS:
             found = measure(start, learn(start, variant))
             kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
