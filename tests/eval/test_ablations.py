@@ -230,7 +230,9 @@ def test_the_command_measures_prints_and_keeps(finished, policy, capsys, monkeyp
     assert "grpo: rocchio" not in out and "sft: exclusion only" in out and written == ["1.mp4"]
     found = json.loads((finished / "ablations.json").read_text())
     assert set(found["grpo"]["ablations"]) == {METHOD, WITHOUT, "rocchio"}
-    assert set(found["sft"]["ablations"]) == {METHOD, WITHOUT, ONE_SHOT} and set(found["baselines"]) == {"fine-tuned one-shot"}
+    assert set(found["sft"]["ablations"]) == {METHOD, WITHOUT, ONE_SHOT} and set(found["baselines"]) == {
+        "fine-tuned one-shot"
+    }
     said(capsys, finished, "--ablations", "exclusion-only", "--queries", 3, "--stage", "sft")
     assert set(json.loads((finished / "ablations.json").read_text())) == {
         "seed",
