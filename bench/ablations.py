@@ -23,24 +23,19 @@ import numpy as np
 
 from bench.learning import cell, interval, pooled
 from bench.readme import replace as replace_between
-from vsr1 import config as configuration
 from vsr1.agent import rollout
 from vsr1.agent.rollout import LoopSettings
 from vsr1.agent.speech import Sampling
 from vsr1.agent.verdict import Memo
-from vsr1.config import RunConfig
-from vsr1.corpus import Corpus
-from vsr1.data.world import World, build
-from vsr1.eval import evaluate, metrics
-from vsr1.models.embedder import Embedder
+from vsr1.eval import ablations, metrics
+from vsr1.job import reopened
 from vsr1.models.policy import Policy
-from vsr1.records import Moment
 from vsr1.train.grpo import train_grpo
-from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper
 from vsr1.train.monitor import Monitor
 from vsr1.train.sft import train_sft
-from vsr1.train.templated import Templates, meanings
+from vsr1.train.templated import Templates
+from vsr1.world_job import WorldJob
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "ablations.json"
@@ -75,53 +70,30 @@ LOOPS = {
 Figures = dict[str, Any]
 
 
-class Start:
-    """The models, queries and corpora of a finished run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config: RunConfig = configuration.load(folder / "config.yaml")
-        self.world: World = build(folder / "world", self.config.world, self.config.seed)
-        self.embedder = Embedder.from_pretrained(folder / "models" / "embedder").eval().requires_grad_(False)
-
-    def policy(self, name: str) -> Policy:
-        return Policy.from_pretrained(self.folder / "models" / name, videos=self.embedder.videos)
-
-    def shelf(self, corpus: str) -> Shelf:
-        return Shelf(Corpus.open(self.folder / "corpus" / corpus, self.embedder.identity), self.embedder.videos)
-
-    def moments(self, split: str) -> list[Moment]:
-        return [query.moment for query in self.world.queries(split)]
-
-
-def learn(start: Start, variant: str) -> Policy:
+def learn(start: WorldJob, variant: str) -> Policy:
     """The policy of a variant: trained here, except for those that the run holds."""
     if variant in ("start", "default"):
-        return start.policy("policy-sft" if variant == "start" else "policy-grpo")
-    policy = start.policy("policy-sft")
+        return start.policy("sft" if variant == "start" else "grpo", start.embedder())
+    policy = start.policy("sft", start.embedder())
     if variant == "supervised":
         return further(start, policy)
-    shelf = start.shelf("grpo")
-    known = set(shelf.video_ids)
-    queries = start.world.queries("train", fold="policy")
-    moments = [query.moment for query in queries if query.moment.video_id in known]
     settings = replace(start.config.grpo, **VARIANTS[variant], validate_every=0)
     with TemporaryDirectory() as aside, Monitor(Path(aside)) as monitor:
         keeper = Keeper(Path(aside) / "checkpoints", monitor, float("inf"))
         train_grpo(
             policy,
-            start.embedder,
-            moments,
-            shelf,
+            start.embedder(),
+            start.moments("grpo"),
+            start.shelf("grpo", start.embedder(), policy),
             settings,
             start.config.seed,
             keeper,
-            meanings=meanings(start.embedder, queries),
+            meanings=start.meanings(start.embedder()),
         )
     return policy.eval()
 
 
-def further(start: Start, policy: Policy) -> Policy:
+def further(start: WorldJob, policy: Policy) -> Policy:
     """As many steps of SFT as stage 2 takes, at a rate that a finished policy bears, soft tokens learning from the first."""
     settings = start.config.sft
     settings = replace(
@@ -135,16 +107,18 @@ def further(start: Start, policy: Policy) -> Policy:
     )
     with TemporaryDirectory() as aside, Monitor(Path(aside)) as monitor:
         keeper = Keeper(Path(aside) / "checkpoints", monitor, float("inf"))
-        shelf = start.shelf("train")
-        source = Templates(policy, start.embedder, start.world, shelf, settings, start.config.seed + 1000)
-        train_sft(policy, start.embedder, source, shelf, settings, keeper)
+        embedder = start.embedder()
+        shelf = start.shelf("sft", embedder, policy)
+        source = Templates(policy, embedder, start.world(), shelf, settings, start.config.seed + 1000)
+        train_sft(policy, embedder, source, shelf, settings, keeper)
     return policy.eval()
 
 
-def measure(start: Start, policy: Policy) -> dict[str, Figures]:
+def measure(start: WorldJob, policy: Policy) -> dict[str, Figures]:
     """Per loop, one number a test query: whether it was solved (vcmr) and whether the right video leads the last ranking once
     the rejected ones have left it (R@1)."""
-    settings, shelf = start.config.evaluation, start.shelf("test")
+    settings, embedder = start.config.evaluation, start.embedder()
+    shelf = start.shelf("test", embedder, policy)
     moments = start.moments("test")[: settings.queries or None]
     rows = {video_id: row for row, video_id in enumerate(shelf.video_ids)}
     sampling = Sampling(seed=start.config.seed, max_tokens=settings.max_tokens)
@@ -152,12 +126,12 @@ def measure(start: Start, policy: Policy) -> dict[str, Figures]:
     found: dict[str, Figures] = {}
     for name, loop in LOOPS.items():
         loop = replace(loop, turns=settings.turns, sampling=sampling, batch=128)
-        done = rollout.run(policy, start.embedder, shelf, moments, settings=loop, memo=memo)
+        done = rollout.run(policy, embedder, shelf, moments, settings=loop, memo=memo)
         if any(one.stop == "failed" for one in done):
             raise SystemExit(f"'{start.folder}': {next(one.failure for one in done if one.failure)}")
         found[name] = {
             "vcmr": metrics.per_query(done)["vcmr 0.5"].tolist(),
-            "R@1": evaluate.hits(done, shelf.matrix(), rows, exclude=True).tolist(),
+            "R@1": ablations.hits(done, shelf.matrix(), rows, exclude=True).tolist(),
             "ver": metrics.verification(done)["ver"],
         }
     return found
@@ -166,7 +140,9 @@ def measure(start: Start, policy: Policy) -> dict[str, Figures]:
 def run(folders: Sequence[Path], only: Sequence[str]) -> None:
     """Train and measure; results of other variants and seeds stay."""
     for folder in folders:
-        start = Start(folder)
+        start = reopened(folder)
+        if not isinstance(start, WorldJob):
+            raise SystemExit(f"'{folder}' is no run of the rendered world")
         for variant in only or VARIANTS:
             found = measure(start, learn(start, variant))
             kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}

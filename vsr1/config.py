@@ -183,7 +183,8 @@ _SHARES = (
     *("grpo.bootstrapped", "grpo.curriculum", "grpo.clip_low"),
 )
 _NOT_BELOW_ZERO = (
-    *("seed", "workers", "evaluation.queries", "evaluation.calibration", "vision.shape_weight", "embedder.backgrounds"),
+    *("seed", "workers", "evaluation.queries", "evaluation.calibration", "evaluation.ablated"),
+    *("vision.shape_weight", "embedder.backgrounds"),
     *("grpo.sigma", "grpo.beta", "grpo.latent_beta", "grpo.latent_weight", "grpo.contrast_weight", "grpo.clip_high"),
     *("grpo.distillation_weight", "grpo.validate_every", "grpo.validation_queries", "grpo.lora_rank"),
     *("max_steps", "hold_out", "sft.negatives", "sft.lora_rank"),

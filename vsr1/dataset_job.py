@@ -20,7 +20,7 @@ from vsr1.records import Moment
 from vsr1.stages import Job, Shelves
 from vsr1.train.annotated import Annotated
 from vsr1.train.library import Shelf
-from vsr1.train.monitor import Monitor
+from vsr1.train.monitor import Terminal
 
 _ASKED: tuple[Shelves, ...] = ("grpo", "validation", "test")
 
@@ -31,7 +31,7 @@ class DatasetJob(Job):
     stages = DATASET_STAGES
     config: DatasetConfig
 
-    def __init__(self, config: DatasetConfig, monitor: Monitor) -> None:
+    def __init__(self, config: DatasetConfig, monitor: Terminal) -> None:
         for stage in (config.sft, config.grpo):
             if config.max_steps:
                 stage.optimisation.steps = min(stage.optimisation.steps, config.max_steps)

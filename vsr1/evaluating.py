@@ -1,7 +1,7 @@
 """`vsr1 eval`: the figures of results that are there, or what differs between two of them.
 
 Results are a run folder, a file with one query a line (our records, or the public code's), or a TVR prediction file with
-its annotations. Nothing is run and no model is loaded.
+its annotations. Nothing is run and no model is loaded, unless ablations of a run are asked for (`vsr1.ablating`).
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def main(argv: Sequence[str]) -> int:
 
     def work() -> None:
         arguments = _parse(argv)
+        if arguments.ablations is not None:
+            from vsr1 import ablating
+
+            ablating.run(arguments)
+            return
         (_evaluate_tvr if arguments.truth else _evaluate)(arguments)
 
     return guarded(work, kept="nothing was written")
@@ -70,12 +75,19 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--public", type=Path, metavar="JSONL", help="write the queries here, in the public field names"
     )
+    ablations = parser.add_argument_group("ablations of a finished run, whose models are loaded and run")
+    ablations.add_argument(
+        "--ablations", nargs="*", metavar="NAME", help="these, or all; kept in the run folder as they finish"
+    )
+    ablations.add_argument("--queries", type=int, metavar="N", help="the first N of the run's own")
+    ablations.add_argument("--stage", metavar="STAGE", help="sft or grpo (default: both)")
+    ablations.add_argument("--zero-shot", type=Path, metavar="POLICY", help="in place of the policy the run began with")
     arguments = parser.parse_args(list(argv))
-    for name in ("turns", "resamples"):
+    for name in ("turns", "resamples", "queries"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} must be at least 1, got {value}")
-    for path in (arguments.results, arguments.other, arguments.truth):
+    for path in (arguments.results, arguments.other, arguments.truth, arguments.zero_shot):
         if path is not None and not path.exists():
             raise ConfigError(f"'{path}' does not exist")
     for path in (arguments.out, arguments.public):
@@ -87,6 +99,12 @@ def _parse(argv: Sequence[str]) -> Namespace:
         raise ConfigError("--public writes the queries of one run; give it one, and no --truth")
     if arguments.turns and arguments.truth:
         raise ConfigError("--turns is for results of the loop; TVR's prediction files have no turns")
+    if arguments.ablations is None:
+        for name in ("queries", "stage", "zero_shot"):
+            if getattr(arguments, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} is for --ablations")
+    elif any((arguments.other, arguments.truth, arguments.turns, arguments.seed, arguments.out, arguments.public)):
+        raise ConfigError("--ablations takes one run folder, and of the other flags --resamples alone")
     return arguments
 
 

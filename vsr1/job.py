@@ -11,12 +11,14 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+from rich.console import Console
+
 from vsr1 import config as configuration
 from vsr1.config import DatasetConfig, JobConfig, RunConfig
 from vsr1.dataset_job import DatasetJob
 from vsr1.errors import ConfigError, Vsr1Error
-from vsr1.stages import Job, device_of
-from vsr1.train.monitor import Monitor
+from vsr1.stages import POLICIES, Job, device_of
+from vsr1.train.monitor import Monitor, Terminal
 from vsr1.world_job import WorldJob
 
 _FREE = ("run", "stage", "workers", "device", "checkpoint_every")  # may change between two calls on one folder
@@ -32,7 +34,21 @@ def run(config: JobConfig) -> Path:
     return config.run
 
 
-def job_of(config: JobConfig, monitor: Monitor) -> Job:
+def reopened(folder: Path) -> Job:
+    """The job of a finished run folder, to ask more of what it has made; ConfigError where it is none, or not finished."""
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"'{folder}' is no run folder (no config.yaml in it)")
+    config = configuration.load(folder / "config.yaml")
+    config.run = folder  # it may have been moved
+    for stage in POLICIES:
+        if not (folder / "models" / f"policy-{stage}").is_dir():
+            raise ConfigError(
+                f"'{folder}' is not finished: it has no models/policy-{stage}; run vsr1 train on it again"
+            )
+    return job_of(config, Terminal(Console(quiet=True)))
+
+
+def job_of(config: JobConfig, monitor: Terminal) -> Job:
     """The stages of a run, by the kind of its configuration."""
     if isinstance(config, DatasetConfig):
         return DatasetJob(config, monitor)

@@ -58,7 +58,7 @@ def dataset(name: str, size: str, *, published: bool = False, memory: int = 80) 
         checkpointing=True,
         sft=replace(sft, pack_tokens=room),
         grpo=replace(grpo, pack_tokens=room),
-        evaluation=EvaluationSettings(queries=0, max_tokens=512),
+        evaluation=EvaluationSettings(queries=0, max_tokens=512, ablated=500),
     )
 
 

@@ -26,6 +26,7 @@ from vsr1.agent.speech import Sampling
 from vsr1.config import JobConfig
 from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.eval import calibration, metrics
+from vsr1.eval.ablations import Ablations, Opened, baseline
 from vsr1.eval.evaluate import Evaluation, as_json, evaluate
 from vsr1.eval.report import write_report
 from vsr1.files import write_whole
@@ -36,11 +37,12 @@ from vsr1.train.checkpoint import publish
 from vsr1.train.grpo import train_grpo
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper
-from vsr1.train.monitor import Monitor, clock
+from vsr1.train.monitor import Monitor, Terminal, clock
 from vsr1.train.sft import Source, train_sft
 
 Module = TypeVar("Module", Embedder, Policy)
 Shelves = Literal["sft", "grpo", "validation", "test"]
+POLICIES = ("sft", "grpo")  # the stages that leave one
 
 
 def device_of(name: str) -> torch.device:
@@ -62,14 +64,19 @@ class Job(ABC):
 
     stages: ClassVar[tuple[str, ...]]
 
-    def __init__(self, config: JobConfig, monitor: Monitor) -> None:
+    def __init__(self, config: JobConfig, monitor: Terminal) -> None:
         self.config = config
         self.folder = config.run
         self.monitor = monitor
         self.workers = config.workers or os.cpu_count() or 1
         self.device = device_of(config.device)
         self._started = time.monotonic()
-        self.keeper = Keeper(self.folder / "checkpoints", monitor, config.checkpoint_every)
+
+    @property
+    def keeper(self) -> Keeper:
+        """Where checkpoints go; only a job that was given a log may train."""
+        assert isinstance(self.monitor, Monitor)
+        return Keeper(self.folder / "checkpoints", self.monitor, self.config.checkpoint_every)
 
     @abstractmethod
     def embedder(self) -> Embedder:
@@ -156,14 +163,14 @@ class Job(ABC):
             self._calibrate(policy, embedder)
             return policy
 
-        self._policy("policy-sft", embedder, make)
+        self._policy("sft", embedder, make)
 
     def run_grpo(self) -> None:
         """Stage 2 of the policy."""
         embedder = self.embedder()
 
         def make() -> Policy:
-            policy = self._policy("policy-sft", embedder, _absent)
+            policy = self.policy("sft", embedder)
             train_grpo(
                 policy,
                 embedder,
@@ -178,7 +185,7 @@ class Job(ABC):
             self._calibrate(policy, embedder)
             return policy
 
-        self._policy("policy-grpo", embedder, make)
+        self._policy("grpo", embedder, make)
 
     def _calibrate(self, policy: Policy, embedder: Embedder) -> None:
         """Fit the policy's probabilities on held-out queries, so that they mean what they say."""
@@ -211,8 +218,27 @@ class Job(ABC):
 
         return validate
 
-    def _policy(self, name: str, embedder: Embedder, make: Callable[[], Policy]) -> Policy:
-        return self.model(name, lambda path: self.load(path, embedder), make)
+    def _policy(self, stage: str, embedder: Embedder, make: Callable[[], Policy]) -> Policy:
+        return self.model(f"policy-{stage}", lambda path: self.load(path, embedder), make)
+
+    def policy(self, stage: str, embedder: Embedder) -> Policy:
+        """The finished policy of a stage, "sft" or "grpo"."""
+        return self._policy(stage, embedder, _absent)
+
+    def opened(self) -> Opened:
+        """What the run was evaluated with, for whoever wants to know more of it."""
+        embedder, settings = self.embedder(), self.config.evaluation
+        last = self.policy(POLICIES[-1], embedder)
+        return Opened(
+            stages=POLICIES,
+            policy=lambda stage: last if stage == POLICIES[-1] else self.policy(stage, embedder),
+            base=lambda: self.start(embedder).eval().requires_grad_(False),
+            embedder=embedder,
+            shelf=self.shelf("test", embedder, last),
+            moments=self.moments("test")[: settings.queries or None],
+            settings=settings,
+            seed=self.config.seed,
+        )
 
     def run_eval(self) -> None:
         """Both policies on the test videos; `eval.json`, `trajectories.jsonl` and `report.html`."""
@@ -225,15 +251,24 @@ class Job(ABC):
     def _evaluate(self, embedder: Embedder) -> None:
         moments = self.moments("test")[: self.config.evaluation.queries or None]
         found: dict[str, Evaluation] = {}
-        for stage in ("sft", "grpo"):
-            policy = self._policy(f"policy-{stage}", embedder, _absent)
+        for stage in POLICIES:
+            policy = self.policy(stage, embedder)
             shelf = self.shelf("test", embedder, policy)
             with self.monitor.phase(f"evaluate {stage}", len(moments)) as phase:
                 settings, seed = self.config.evaluation, self.config.seed
                 found[stage] = evaluate(policy, embedder, shelf, moments, settings, seed, progress=phase.update)
-        self._write(found, len(moments), len(shelf.video_ids))
+        with self.monitor.phase("evaluate zero-shot", len(moments)) as phase:
+            base = self.start(embedder).eval().requires_grad_(False)
+            shelf, settings, seed = self.shelf("test", embedder, base), self.config.evaluation, self.config.seed
 
-    def _write(self, found: dict[str, Evaluation], queries: int, corpus_size: int) -> None:
+            def tell(_: str, done: int, total: int) -> None:
+                phase.update(done)
+
+            zero_shot = baseline(Ablations(base, embedder, shelf, moments, settings, seed, progress=tell))
+        baselines = {"zero-shot": zero_shot, "fine-tuned one-shot": found["sft"].baseline}
+        self._write(found, baselines, len(moments), len(shelf.video_ids))
+
+    def _write(self, found: dict[str, Evaluation], baselines: dict[str, Any], queries: int, corpus_size: int) -> None:
         difference = metrics.difference(found["sft"].trajectories, found["grpo"].trajectories)
         both = [query for query in found["sft"].found if query in found["grpo"].found]
         now, before = ([found[stage].found[query] for query in both] for stage in ("grpo", "sft"))
@@ -245,6 +280,7 @@ class Job(ABC):
             "corpus_size": corpus_size,
             "stages_seconds": self._spent("eval"),
             **{stage: evaluation.figures for stage, evaluation in found.items()},
+            "baselines": baselines,
             "difference": {name: interval.as_dict() for name, interval in difference.items()},
         }
         lines = "".join(json.dumps(as_json(one)) + "\n" for one in found["grpo"].trajectories)

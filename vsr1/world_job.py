@@ -21,7 +21,7 @@ from vsr1.records import Moment
 from vsr1.stages import Job, Shelves
 from vsr1.train.embedder import train_embedder
 from vsr1.train.library import Shelf
-from vsr1.train.monitor import Monitor
+from vsr1.train.monitor import Terminal
 from vsr1.train.templated import Templates, meanings
 from vsr1.train.vision import train_vision
 
@@ -32,12 +32,13 @@ class WorldJob(Job):
     stages = WORLD_STAGES
     config: RunConfig
 
-    def __init__(self, config: RunConfig, monitor: Monitor) -> None:
+    def __init__(self, config: RunConfig, monitor: Terminal) -> None:
         super().__init__(config, monitor)
         self._world: World | None = None
+        self._embedder: Embedder | None = None  # kept over the stages, with the videos that it has encoded
 
     def world(self) -> World:
-        """The rendered world (made at most once a process)."""
+        """The rendered world."""
         if self._world is None:
             config = dataclasses.replace(self.config.world, workers=self.workers)
             with self.monitor.phase("render", 1) as phase:
@@ -55,6 +56,9 @@ class WorldJob(Job):
     def embedder(self) -> Embedder:
         """Vision warm-up, then the embedder; both frozen afterwards."""
 
+        if self._embedder is not None:
+            return self._embedder
+
         def make() -> Embedder:
             world = self.world()
             torch.manual_seed(self.config.seed)
@@ -67,6 +71,7 @@ class WorldJob(Job):
 
         embedder = self.model("embedder", Embedder.from_pretrained, make)
         embedder.videos.workers = self.workers
+        self._embedder = embedder
         return embedder
 
     def corpus(self, name: str, embedder: Embedder, video_ids: Sequence[str]) -> Shelf:

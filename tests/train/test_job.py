@@ -203,6 +203,8 @@ def test_the_figures_of_both_policies(run: Path, stage: str) -> None:
         "shuffled video",
         "refinement in words",
         "accumulated soft tokens",
+        "rocchio",
+        "one shot",
     }
     assert set(found["answered"]) == set(found["vcmr"]) and all(interval(one) for one in found["answered"].values())
     for key, value in found["vcmr"].items():
@@ -214,9 +216,12 @@ def test_the_figures_of_both_policies(run: Path, stage: str) -> None:
         assert interval(one["R@1"])
         assert interval(one["R@1 wrong"])
         assert all(interval(value) for value in one["vcmr"].values())
-    assert set(found["refinement_gain"]) == names - {"refinement + exclusion"}
+    assert set(found["refinement_gain"]) == names - {"refinement + exclusion", "one shot"}
     assert all(interval(one) for one in found["refinement_gain"].values())
     assert [point["tokens"] for point in found["by_soft_tokens"]] == list(range(9))
+    assert all({"R@1", "R@1 excluded", "vcmr"} <= set(point) for point in found["by_soft_tokens"])
+    assert [set(one) for one in found["by_turns"]] == [{"turns", "R@1", "vcmr", "ver", "answered"}] * 2
+    assert all(set(one) == {"tokens", "R@1", "seconds"} for one in found["refinements"].values())
 
 
 def test_the_evaluation_as_a_whole(run: Path) -> None:
@@ -227,6 +232,24 @@ def test_the_evaluation_as_a_whole(run: Path) -> None:
     assert all(interval(one) for one in found["difference"].values())
     assert found["sft"]["queries"] == found["grpo"]["queries"] == 8
     assert found["sft"]["failed"] == found["grpo"]["failed"] == 0
+    for one in found["baselines"].values():
+        assert set(one) == {"vcmr", "ver", "R@1", "R@5", "R@10", "R@100"} and interval(one["R@1"])
+    tuned = found["baselines"]["fine-tuned one-shot"]
+    assert (tuned["vcmr"], tuned["R@1"]) == (found["sft"]["vcmr_one_turn"], found["sft"]["before"]["R@1"])
+    assert set(found["baselines"]) == {"zero-shot", "fine-tuned one-shot"}
+
+
+def test_the_run_opens_as_it_was_evaluated(run: Path) -> None:
+    from vsr1 import ablating
+    from vsr1.eval import ablations
+
+    opened = ablating.open_run(run)
+    given = opened.embedder, opened.shelf, opened.moments, opened.settings, opened.seed
+    baselines = read(run / "eval.json")["baselines"]
+    work = ablations.Ablations(opened.policy(opened.stages[0]), *given)
+    assert ablations.baseline(work) == baselines["fine-tuned one-shot"]
+    base = opened.base()
+    assert base is not None and ablations.baseline(ablations.Ablations(base.eval(), *given)) == baselines["zero-shot"]
 
 
 def test_trajectories_and_report(run: Path) -> None:
@@ -321,7 +344,11 @@ def test_a_job_killed_in_every_stage_ends_like_one_that_was_not(run: Path, serve
 
     assert weights(folder) == weights(run)
     figures, expected = read(folder / "eval.json"), read(run / "eval.json")
-    assert {**figures, "stages_seconds": None} == {**expected, "stages_seconds": None}
+    for found in (figures, expected):
+        del found["stages_seconds"]
+        for stage in ("sft", "grpo"):
+            assert [one.pop("seconds") for one in found[stage]["refinements"].values()]
+    assert figures == expected
     assert (folder / "trajectories.jsonl").read_bytes() == (run / "trajectories.jsonl").read_bytes()
     assert (folder / "report.html").is_file()
     assert not [path for path in folder.rglob("*.tmp") if path.parent.name != "checkpoints"]

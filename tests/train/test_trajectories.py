@@ -17,7 +17,7 @@ from vsr1.agent import protocol
 from vsr1.agent.generate import soft_tokens
 from vsr1.data.rationale import judge
 from vsr1.data.world import World
-from vsr1.eval import evaluate
+from vsr1.eval import ablations, exchange, refinements
 from vsr1.models import backbone
 from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
@@ -323,8 +323,8 @@ def test_hits_rank_without_the_rejected_videos_only_where_asked() -> None:
         path("b", [turn("b", "not_matched", toward_b)], toward_b),  # wrongly rejected
         path("c", [turn("b", "not_matched", toward_b), turn("a", "matched", toward_b)], toward_b, "matched"),
     ]
-    assert evaluate.hits(found, matrix, rows, exclude=True).tolist() == [1, 1, 0, 0]
-    assert evaluate.hits(found, matrix, rows, exclude=False).tolist() == [0, 1, 1, 0]
+    assert ablations.hits(found, matrix, rows, exclude=True).tolist() == [1, 1, 0, 0]
+    assert ablations.hits(found, matrix, rows, exclude=False).tolist() == [0, 1, 1, 0]
 
 
 def test_found_second_looks_at_the_second_video_alone() -> None:
@@ -336,11 +336,11 @@ def test_found_second_looks_at_the_second_video_alone() -> None:
         path("a", [shown["b"], shown["c"], shown["a"]], query),
         path("a", [shown["b"]], query),
     ]
-    assert evaluate.found_second(found).tolist() == [1, 0, 0, 0]
+    assert ablations.found_second(found).tolist() == [1, 0, 0, 0]
 
 
 @torch.no_grad()
-def test_by_soft_tokens_counts_the_hits_of_every_number_of_soft_tokens(
+def test_the_first_refinement_counts_the_hits_of_every_number_of_soft_tokens(
     tiny_policy: Policy, tiny_embedder: Embedder
 ) -> None:
     """The corpus holds the refined queries themselves, one row for each number of soft tokens: with n of them a query
@@ -364,17 +364,17 @@ def test_by_soft_tokens_counts_the_hits_of_every_number_of_soft_tokens(
         made = replace(turn("a", None, toward(0, 0, 0)), rank=1 if accepted else 2, actions=soft)
         found.append(Trajectory(Moment("q", text, f"{query}-{query % 4 + 1}"), (made,), torch.zeros(4), 1, "turns"))
     matrix = CorpusMatrix(torch.stack(vectors, 1).flatten(0, 1))
-    curve = evaluate.by_soft_tokens(tiny_policy, tiny_embedder, matrix, rows, found, 10)
-    assert [point["tokens"] for point in curve] == list(range(9))
+    curve = refinements.first(tiny_policy, tiny_embedder, matrix, rows, found)
+    assert list(curve) == [str(count) for count in range(9)]
     # queries 0 and 3 were accepted; 1, 2, 4 and 5 are after 2, 3, 1 and 2 soft tokens
     hits = [2, 3, 4, 3, 2, 2, 2, 2, 2]
-    assert [point["R@1"]["value"] for point in curve] == pytest.approx([count / 6 for count in hits])
+    assert [point.sum() for point in curve.values()] == hits
 
 
 def test_a_trajectory_as_json_holds_no_tensors() -> None:
     query = toward(1.0, 0.0, 0.0)
     one = path("a", [turn("b", "not_matched", query, True), turn("a", "matched", query)], query, "matched")
-    said = json.loads(json.dumps(evaluate.as_json(one)))
+    said = json.loads(json.dumps(exchange.as_json(one)))
     assert [shown["video_id"] for shown in said["turns"]] == ["b", "a"]
     assert (said["turns"][1]["start"], said["turns"][1]["end"]) == (1.0, 3.0)
     assert (said["first_rank"], said["final_rank"], said["stop"], said["failure"]) == (1, 1, "matched", None)

@@ -16,6 +16,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from vsr1.agent import feedback
+from vsr1.agent.feedback import Rocchio
 from vsr1.agent.generate import OwnSpeaker
 from vsr1.agent.speech import Sampling, Speaker
 from vsr1.agent.verdict import Asking, Memo, Pair, Verdict, ask, ground, look_elsewhere, rewrite, rewriting_text
@@ -27,7 +29,7 @@ from vsr1.ops.corpus_scan import CorpusMatrix, scan
 from vsr1.ops.soft_query import NoiseStream, philox_normal
 from vsr1.records import Moment, Stop, Trajectory, Turn
 
-Refinement = Literal["soft", "hard", "random", "blank", "shuffled", "none"]
+Refinement = Literal["soft", "hard", "rocchio", "random", "blank", "shuffled", "none"]
 
 MOST_FAILED = 0.01  # share of the trajectories; beyond it the run stops instead of going on over a broken corpus
 
@@ -40,9 +42,12 @@ class LoopSettings:
     policy matches, the likeliest is accepted. exclude: never show a rejected video again.
 
     refinement: "soft" is the method, "hard" puts the policy's own words behind the query instead; the others are controls:
-    "none" keeps the first query, "random" inserts Gaussian noise for soft tokens, "blank" and "shuffled" let the policy
-    refine before an empty or another video. accumulate: keep the soft tokens of earlier turns before those of this one.
-    sigma: standard deviation of the exploration noise on soft tokens.
+    "rocchio" moves the first query, whenever nothing was accepted, from the rejected videos towards the best others, as
+    `rocchio` weighs them, and needs no policy that refines; "none" keeps the first query, "random" inserts Gaussian noise
+    for soft tokens, "blank" and "shuffled" let the policy refine before an empty or another video. soft_tokens: insert only
+    the first n of a refinement (None: all; 0: the query stays as it is); as each is made from those before it, these are
+    what a policy would have made that stops there. accumulate: keep the soft tokens of earlier turns before those of this
+    one. sigma: standard deviation of the exploration noise on soft tokens.
 
     fall_back: where nothing was accepted, answer with the video most probably right (`Trajectory.fallback`).
 
@@ -54,6 +59,8 @@ class LoopSettings:
     verify: int = 1
     exclude: bool = True
     refinement: Refinement = "soft"
+    rocchio: Rocchio = field(default_factory=Rocchio)
+    soft_tokens: int | None = None
     accumulate: bool = False
     sigma: float = 0.0
     fall_back: bool = False
@@ -94,7 +101,8 @@ class Failures:
 
 @dataclass
 class _Open:
-    """One trajectory under way. `actions` are the soft tokens in its present query, `place` its place in the result."""
+    """One trajectory under way. `actions` are the soft tokens in its present query, `place` its place in the result,
+    `ranking` the best corpus rows of its last search."""
 
     place: int
     moment: Moment
@@ -104,6 +112,7 @@ class _Open:
     sample: int
     turns: list[Turn] = field(default_factory=list)
     shown: list[int] = field(default_factory=list)
+    ranking: list[int] = field(default_factory=list)
     actions: list[Tensor] = field(default_factory=list)
     rank: int | None = None
     stop: Stop | None = None
@@ -219,6 +228,8 @@ class _Loop:
             raise ValueError("the corpus is empty: add videos before searching it")
         if settings.turns < 1 or settings.verify < 1 or settings.samples < 1:
             raise ValueError(f"turns, verify and samples must be at least 1; got {settings}")
+        if not 0 <= (settings.soft_tokens or 0) <= policy.settings.soft_tokens:
+            raise ValueError(f"soft_tokens is {settings.soft_tokens}; the policy makes {policy.settings.soft_tokens}")
         self.policy, self.embedder, self.corpus, self.settings, self.memo = policy, embedder, corpus, settings, memo
         self.speaker = speaker or OwnSpeaker()
         self.failures = failures or Failures()
@@ -312,9 +323,11 @@ class _Loop:
         settings = self.settings
         queries = torch.stack([one.query for one in active])
         # rejected videos are found too and dropped here, so that one sweep gives the rank in the whole corpus as well
-        most = max(len(one.shown) for one in active) if settings.exclude else 0
+        feeding = settings.refinement == "rocchio"
+        most = max(len(one.shown) for one in active) if settings.exclude or feeding else 0
+        k = min(settings.verify + most + feeding * settings.rocchio.relevant, len(self.video_ids))
         positive = torch.tensor([one.positive for one in active], device=queries.device)
-        found = scan(queries, self.matrix, k=min(settings.verify + most, len(self.video_ids)), positive=positive)
+        found = scan(queries, self.matrix, k=k, positive=positive)
         assert found.rank is not None
         ranks, ids, scores = found.rank.tolist(), found.ids.tolist(), found.scores.tolist()
         finite = torch.isfinite(queries).all(1).tolist()
@@ -324,7 +337,7 @@ class _Loop:
             if not finite[place]:
                 one.fail(f"query '{one.moment.query_id}': its vector is not finite")
                 continue
-            one.rank = ranks[place] if one.positive >= 0 else None
+            one.rank, one.ranking = ranks[place] if one.positive >= 0 else None, ids[place]
             gone = {-1, *(one.shown if settings.exclude else ())}
             best = [(row, score) for row, score in zip(ids[place], scores[place], strict=True) if row not in gone]
             if number == 1 and one.first >= 0:
@@ -372,6 +385,8 @@ class _Loop:
             verdicts = look_elsewhere(self.policy, pairs, verdicts, asking, shuffled=shuffled)
         if self.settings.refinement == "hard":
             verdicts = rewrite(self.policy, pairs, verdicts, asking, self.memo)
+        if self.settings.soft_tokens is not None:
+            verdicts = [verdict.shortened(self.settings.soft_tokens) for verdict in verdicts]
         spoken = time.perf_counter() - started
         together: dict[int, list[tuple[_Look, Verdict]]] = {}
         for look, verdict in zip(looks, verdicts, strict=True):
@@ -382,7 +397,10 @@ class _Loop:
             chosen = self._decide(looked, number)
             if chosen is not None:
                 refined.append((looked[0][0].one, chosen))
-        self._refine(refined, asking)
+        if self.settings.refinement == "rocchio":
+            self._feed_back([looked[0][0].one for looked in together.values() if looked[0][0].one.stop != "matched"])
+        else:
+            self._refine(refined, asking)
 
     def _decide(self, looked: Sequence[tuple[_Look, Verdict]], number: int) -> Verdict | None:
         """Record what one trajectory saw this turn, the accepted video last; returns the verdict to refine by, if any."""
@@ -403,7 +421,7 @@ class _Loop:
     def _refine(self, refined: Sequence[tuple[_Open, Verdict]], asking: Asking) -> None:
         """Make the next query of every trajectory that refines: one embedder batch, but one for each number of soft tokens
         where they accumulate."""
-        if not refined or self.settings.refinement == "none":
+        if not refined or self.settings.refinement == "none" or self.settings.soft_tokens == 0:
             return
         if self.settings.refinement == "hard":
             texts = [f"{one.moment.text} {rewriting_text(self.policy, verdict.rewriting)}" for one, verdict in refined]
@@ -424,3 +442,13 @@ class _Loop:
             vectors = self.embedder.embed_texts(texts, self.policy.head.soft_tokens(actions))
             for one, vector in zip(together, vectors, strict=True):
                 one.query = vector
+
+    def _feed_back(self, rejecting: Sequence[_Open]) -> None:
+        """Make the next query of every trajectory that accepted nothing, from the vectors of videos."""
+        if not rejecting:
+            return
+        first = torch.stack([one.turns[0].query for one in rejecting])
+        rankings, rejected = [one.ranking for one in rejecting], [one.shown for one in rejecting]
+        vectors = feedback.moved(first, self.matrix, rankings, rejected, self.settings.rocchio)
+        for one, vector in zip(rejecting, vectors, strict=True):
+            one.query = vector

@@ -67,6 +67,12 @@ class Verdict:
     actions: Tensor | None = None
     rewriting: tuple[int, ...] = ()
 
+    def shortened(self, count: int) -> Verdict:
+        """The same with the first `count` of its soft tokens."""
+        if self.latents is None or self.actions is None:
+            return self
+        return replace(self, latents=self.latents[:count], actions=self.actions[:count])
+
 
 @dataclass(frozen=True)
 class Asking:

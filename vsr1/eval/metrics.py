@@ -55,47 +55,45 @@ def per_query(
     Keys: `before R@k`, `after R@k`, `before MRR`, `after MRR`, `vcmr θ`, `answered θ` (vcmr with the answers fallen back
     on), `ver`, `ver_turn1`, `ver_final`, `unparsable`, `mean_iou`, `text`, `soft`, `hard` (tokens of a refinement in
     words), and the weights `turns` and `refinements`; each value is (N,) float64. `turns` cuts every trajectory after that
-    many turns, as if the loop had been that long; the `after` figures, `answered`, `soft` and `hard` are left out then,
-    because the queries of a shorter loop were not run.
+    many turns, as if the loop had been that long (`outcomes.cut`); `answered` is left out then, because a shorter loop was
+    not asked for the answers it would have fallen back on.
 
     Raises ValueError where a trajectory lacks its truth, a rank or any turn, or where none is left.
     """
     if turns is not None and turns < 1:
         raise ValueError(f"turns must be at least 1, got {turns}")
     kept = measurable(trajectories)
-    first, query = kept.first[:-1], kept.query
+    if turns is not None:
+        kept = outcomes.cut(kept, turns)
+    first = kept.first[:-1]
     values: dict[str, Floats] = {}
-    stages = {"before": kept.rank[first]}
-    if turns is None:
-        stages["after"] = kept.final_rank
-    for stage, ranks in stages.items():
+    for stage, ranks in {"before": kept.rank[first], "after": kept.final_rank}.items():
         for k in RECALL_AT:
             values[f"{stage} R@{k}"] = (ranks <= k).astype(np.float64)
         values[f"{stage} MRR"] = 1.0 / ranks
 
-    overlaps = _accepted_iou(kept, turns)
+    overlaps = _accepted_iou(kept)
     for threshold in thresholds:
         # NaN (nothing accepted, a wrong video, or no span) compares false: these queries count as 0.
         values[f"vcmr {threshold:g}"] = (overlaps >= threshold).astype(np.float64)
     values["mean_iou"] = overlaps
 
-    seen = np.ones(len(query), np.bool_) if turns is None else kept.number <= turns
-    executed = _totals(kept, seen)
+    executed = np.diff(kept.first).astype(np.float64)
     right = kept.answer == kept.right  # 1 for "matched" and 0 for "not_matched" are what `right` should be
-    values["ver"] = _totals(kept, seen & right) / executed
+    values["ver"] = _totals(kept, right) / executed
     values["ver_turn1"] = right[first].astype(np.float64)
-    values["ver_final"] = right[first + executed.astype(np.int64) - 1].astype(np.float64)
-    values["unparsable"] = _totals(kept, seen & (kept.answer == UNPARSABLE)) / executed
-    values["text"] = _totals(kept, np.where(seen, kept.text, 0.0)) / executed
+    values["ver_final"] = right[kept.first[1:] - 1].astype(np.float64)
+    values["unparsable"] = _totals(kept, kept.answer == UNPARSABLE) / executed
+    values["text"] = _totals(kept, kept.text) / executed
     values["turns"] = executed
+    refinements = _totals(kept, ~np.isnan(kept.soft))
+    values["soft"] = _ratio(_totals(kept, np.nan_to_num(kept.soft)), refinements)
+    rewritings = _totals(kept, ~np.isnan(kept.hard))
+    values["hard"] = _ratio(_totals(kept, np.nan_to_num(kept.hard)), rewritings)
     if turns is None:
-        refinements = _totals(kept, ~np.isnan(kept.soft))
-        values["soft"] = _ratio(_totals(kept, np.nan_to_num(kept.soft)), refinements)
-        rewritings = _totals(kept, ~np.isnan(kept.hard))
-        values["hard"] = _ratio(_totals(kept, np.nan_to_num(kept.hard)), rewritings)
         for threshold in thresholds:
             values[f"answered {threshold:g}"] = (np.fmax(overlaps, kept.fallback) >= threshold).astype(np.float64)
-        values["refinements"] = refinements
+    values["refinements"] = refinements
     return values
 
 
@@ -149,12 +147,10 @@ def next_rank(table: Outcomes) -> Floats:
     return np.where(goes_on, np.append(table.rank, np.nan)[following], table.final_rank[query])
 
 
-def _accepted_iou(table: Outcomes, turns: int | None) -> Floats:
+def _accepted_iou(table: Outcomes) -> Floats:
     """IoU of the accepted span if the accepted video is the right one; 0 without a parsed span; NaN otherwise."""
     last = table.first[1:] - 1
     right = table.matched & (table.answer[last] == MATCHED) & table.right[last]
-    if turns is not None:
-        right &= table.number[last] <= turns
     for i in np.flatnonzero(right & (np.isnan(table.start) | np.isnan(table.end)))[:1]:
         raise ValueError(f"query '{table.query_ids[i]}' has a true video but no true span")
     return np.where(right, table.overlap()[last], math.nan)
@@ -294,11 +290,7 @@ def summary(trajectories: Results, turns: int = 3, n: int = 2000, seed: int = 0)
     table = outcomes.of(trajectories)
     found = {name: interval.as_dict() for name, interval in intervals(per_query(table), n, seed).items()}
     keys = [f"{threshold:g}" for threshold in THRESHOLDS]
-    by_turns = []
-    for t in range(1, turns + 1):
-        cut = per_query(table, turns=t)
-        shares = intervals({key: cut[f"vcmr {key}"] for key in keys}, n, seed)
-        by_turns.append({"turns": t, "vcmr": {key: shares[key].as_dict() for key in keys}})
+    by_turns = [turn_figures(t, after_turns(table, t), n, seed) for t in range(1, turns + 1)]
     ranks = [*(f"R@{k}" for k in RECALL_AT), "MRR"]
     return {
         "queries": len(table),
@@ -315,6 +307,22 @@ def summary(trajectories: Results, turns: int = 3, n: int = 2000, seed: int = 0)
         ],
         "by_turns": by_turns,
     }
+
+
+def after_turns(given: Outcomes, turns: int) -> dict[str, Floats]:
+    """What the loop has reached after that many turns, one number a query that did not fail: `R@1` and `vcmr θ` there, `ver`
+    with its weight `turns`, and `answered`, whether a video was accepted by then."""
+    cut = outcomes.cut(measurable(given), turns)
+    found = per_query(cut)
+    values = {"R@1": found["after R@1"], "answered": cut.matched.astype(np.float64)}
+    return values | {name: found[name] for name in ("ver", "turns", *(f"vcmr {at:g}" for at in THRESHOLDS))}
+
+
+def turn_figures(turns: int, values: Mapping[str, Floats], n: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """The figures of `after_turns`, in the shape of an entry of `by_turns` in `eval.json`."""
+    shares = {name: one.as_dict() for name, one in intervals(values, n, seed).items()}
+    vcmr = {f"{at:g}": shares.pop(f"vcmr {at:g}") for at in THRESHOLDS}
+    return {"turns": turns, "vcmr": vcmr, **shares}
 
 
 def difference(first: Results, second: Results, n: int = 2000, seed: int = 0) -> dict[str, Interval]:

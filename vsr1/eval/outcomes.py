@@ -197,6 +197,24 @@ def shared(first: Outcomes, second: Outcomes) -> tuple[Outcomes, Outcomes]:
     return one, other
 
 
+def cut(given: Outcomes, turns: int) -> Outcomes:
+    """What a loop of at most `turns` turns leaves of these queries: later turns are gone, and the final rank is that under the
+    query that the last turn left behind, which the next turn searched with. An answer that a longer loop fell back on is
+    none of the shorter one's. Failed queries stay failed, so that all lengths are about the same queries."""
+    counts = np.bincount(given.query, weights=given.number <= turns, minlength=len(given)).astype(np.int64)
+    goes_on = counts < np.diff(given.first)
+    following = given.first[:-1] + counts
+    kept = {name: getattr(given, name)[given.number <= turns] for name in _OF_TURNS}
+    return dataclasses.replace(
+        given,
+        stop=np.where(goes_on & ~given.failed, "turns", given.stop),
+        final_rank=np.where(goes_on, np.append(given.rank, np.nan)[following], given.final_rank),
+        fallback=np.where(goes_on, np.nan, given.fallback),
+        first=np.concatenate([[0], np.cumsum(counts)]),
+        **kept,
+    )
+
+
 def of(results: Sequence[Trajectory] | Outcomes) -> Outcomes:
     """The table of these trajectories, in their order; a table is returned as it is."""
     return results if isinstance(results, Outcomes) else table(_query(one) for one in results)
