@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ from vsr1.datasets import main
 from vsr1.models.embedder import Embedder
 from vsr1.models.tiny import TinyConfig
 from vsr1.models.tokenizer import train_tokenizer
+
+DOCS = Path(__file__).parents[2] / "docs" / "datasets.md"
 
 
 @pytest.fixture
@@ -113,3 +116,14 @@ def test_another_embedder_is_refused(
     np.save(layout.segment_embeddings("train"), unit(1, 2, 3, 4))
     assert run(layout, "--embedder", str(tmp_path / "embedder"), "--device", "cpu") == 2
     assert "holds 8-d vectors, the embedder makes 64-d ones" in capsys.readouterr().err
+
+
+def test_the_example_of_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"^```python\n(.*?)^```$", DOCS.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    write_training_rows(write_split(tmp_path / "data" / "charades-sta", "test"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "datasets.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("test: corpus") and said[-2:] == ["{1: 0.75, 5: 1.0, 10: 1.0, 100: 1.0}", SYSTEM]

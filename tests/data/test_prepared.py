@@ -118,6 +118,9 @@ def test_files_are_shown_where_they_are_wanted_or_needed(layout: Layout, tmp_pat
     (layout.frame_arrays("train") / "V2.npy").unlink()
     arrays = import_split(layout, "train").corpus.places()
     assert [Path(arrays[video]).name for video in VIDEOS] == ["V1.npy", "V2.mp4", "V3.npy", "V4.npy"]
+    (layout.root / "videos").rename(layout.root / "anywhere")
+    elsewhere = import_split(layout, "train", again=True).corpus.places()
+    assert elsewhere["V2"] == str(layout.root / "anywhere" / "V2.mp4")
     asked = import_split(layout, "train", videos=tmp_path / "films", again=True)
     places = asked.corpus.places()
     assert [Path(places[video]).name for video in VIDEOS] == ["V1.mp4", "V2.mp4", "V3.npy", "V4.npy"]

@@ -168,6 +168,24 @@ def test_a_broken_grpo_row_is_named(tmp_path: Path, broken: Any, message: str) -
     assert message in str(caught.value)
 
 
+def test_rows_that_are_made_here_come_back(tmp_path: Path) -> None:
+    """What a row says of itself goes before what its `meta` or `extra` may say."""
+    made = SftRow(
+        "1_fig", "ein Öltanker", "A", True, "A", "<answer>matched</answer>", None, {"video_id": "B", "made_by": 1}
+    )
+    write_sft(tmp_path / "a.json", [made])
+    [row] = read_sft(tmp_path / "a.json")
+    meta = {"gold_label": "pos", "video_id": "A", "query_pos_video_id": "A", "made_by": 1}
+    assert row == SftRow("1_fig", "ein Öltanker", "A", True, "A", "<answer>matched</answer>", None, meta)
+    practice = GrpoRow(
+        "1_fig", "ein Öltanker", "A", False, "B", None, None, None, extra={"label": "matched", "path": "A.npy"}
+    )
+    write_grpo(tmp_path / "a.jsonl", [practice])
+    assert read_grpo(tmp_path / "a.jsonl") == [
+        GrpoRow("1_fig", "ein Öltanker", "A", False, "B", None, None, None, extra={"path": "A.npy"})
+    ]
+
+
 def test_hard_negatives(tmp_path: Path) -> None:
     path = tmp_path / "hard_negatives.json"
     write_hard_negatives(path, {"7_fig": ["AO8RW", "X1"], "8_fig": ()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -85,11 +86,15 @@ def test_the_loader_and_its_cache_read_them(path: Path, tmp_path: Path, isolatio
 
 
 def test_new_times_are_seen(path: Path, tmp_path: Path) -> None:
-    """In memory and in a cache on disk: frames are known by the state of their meta.jsonl, too."""
+    """In memory and in a cache on disk, for frames depend on the state of meta.jsonl, too; its last row of several stands."""
     cache = FrameCache(tmp_path / "cache", 1 << 20)
+    meta = path.parent / "meta.jsonl"
     found = []
     for shift in (0.0, 1.0):
-        write_array(path.parent, "AO8RW", [time + shift for time in TIMES], 12.0)  # the last row of several stands
+        row = json.loads(meta.read_text().splitlines()[0]) | {
+            "sampled_timestamps_sec": [time + shift for time in TIMES]
+        }
+        meta.write_text(f"{meta.read_text()}{json.dumps(row)}\n")
         with Loader(Sampling(times=[2.5]), workers=1, isolation="thread", cache=cache) as loader:
             found += [sample.frames.seconds.item() for sample in loader.load([path])]
     assert found == [2.5, 3.5]

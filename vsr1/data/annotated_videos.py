@@ -39,7 +39,7 @@ class Videos:
 
     def __init__(self, videos: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> None:
         if isinstance(videos, (str, os.PathLike)):
-            names = list(_files(Path(videos)))
+            names = list(files_below(Path(videos)))
             self._source = f"below '{os.fspath(videos)}'"
         else:
             names = [os.fspath(video) for video in videos]
@@ -69,7 +69,8 @@ def plain_name(name: str) -> str:
     return stem if ending.lower() in _ENDINGS else name
 
 
-def _files(folder: Path) -> Iterator[str]:
+def files_below(folder: Path, arrays: bool = True) -> Iterator[str]:
+    """Paths of the video files below a folder, and of the frame arrays that have times. ConfigError where it is not there."""
     if not folder.is_dir():
         raise ConfigError(f"'{folder}' is no folder: give the one that the videos lie in")
     entered = set()
@@ -80,7 +81,7 @@ def _files(folder: Path) -> Iterator[str]:
             continue
         entered.add(real)
         folders.sort()
-        endings = (*EXTENSIONS, ".npy") if META in files else EXTENSIONS
+        endings = (*EXTENSIONS, ".npy") if arrays and META in files else EXTENSIONS
         yield from (os.path.join(place, name) for name in sorted(files) if name.lower().endswith(endings))
 
 

@@ -20,7 +20,7 @@ import torch
 
 from vsr1.corpus import Corpus, exchange
 from vsr1.corpus.segments import in_parts
-from vsr1.data.annotated_videos import Videos, plain_name
+from vsr1.data.annotated_videos import Videos, files_below, plain_name
 from vsr1.data.annotation_files import AnnotationError, read
 from vsr1.data.layout import Layout
 from vsr1.data.validation import validate_file
@@ -228,8 +228,9 @@ def _frames(
     durations: dict[str, float],
 ) -> dict[str, str]:
     """Where each video's frames lie, in a file of `folder` or in an array; the arrays' durations are put into `durations`."""
-    beside = layout.root / "videos"
-    files = Videos(folder if folder is not None else beside if beside.is_dir() else ())
+    films = layout.root / "videos"
+    below = films if films.is_dir() else layout.root
+    files = Videos(folder if folder is not None else files_below(below, arrays=False))
     place = layout.frame_arrays(split)
     arrays = {path.stem: path for path in sorted(place.glob("*.npy"))}
     shown = {}
