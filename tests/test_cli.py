@@ -52,7 +52,7 @@ def one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_unknown_command(one_line: Callable[..., str]) -> None:
     said = one_line("dance")
     assert "'dance'" in said
-    assert "train, ask, index, eval, data, doctor" in said
+    assert "train, ask, index, eval, data, plan, doctor" in said
 
 
 def test_unknown_preset(one_line: Callable[..., str]) -> None:

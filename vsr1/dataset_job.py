@@ -31,11 +31,11 @@ class DatasetJob(Job):
     stages = DATASET_STAGES
     config: DatasetConfig
 
-    def __init__(self, config: DatasetConfig, monitor: Terminal) -> None:
+    def __init__(self, config: DatasetConfig, monitor: Terminal, device: torch.device) -> None:
         for stage in (config.sft, config.grpo):
             if config.max_steps:
                 stage.optimisation.steps = min(stage.optimisation.steps, config.max_steps)
-        super().__init__(config, monitor)
+        super().__init__(config, monitor, device)
         self.data = dataset(config.dataset)
         self.layout = Layout(config.root)
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
@@ -83,13 +83,15 @@ class DatasetJob(Job):
             "system": protocol_text(self.config.protocol_from or self.layout.sft),
         }
         policy = Policy.from_pretrained(self.config.policy, settings=settings, dtype=self.dtype)
-        policy.videos.workers = self.workers
-        return policy.to(self.device)
+        return self._ready(policy).to(self.device)
 
     def load(self, path: Path, embedder: Embedder) -> Policy:
         """With its own tower and mergers: a released policy's are not the embedder's."""
-        policy = Policy.from_pretrained(path)
+        return self._ready(Policy.from_pretrained(path))
+
+    def _ready(self, policy: Policy) -> Policy:
         policy.videos.workers = self.workers
+        policy.checkpointing = self.config.checkpointing
         return policy
 
     def shelf(self, name: Shelves, embedder: Embedder, policy: Policy) -> Shelf:

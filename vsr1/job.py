@@ -1,7 +1,7 @@
 """The main job: train on what a configuration names, evaluate on held-out videos, write the report.
 
 This module claims the run folder and tells a full disk from other errors; the stages are in `vsr1.stages`. The same command,
-given again, always finishes the job.
+given again, always finishes the job. Under torchrun, several processes do one job together (`vsr1.train.parallel`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from rich.console import Console
 
 from vsr1 import config as configuration
@@ -18,7 +19,8 @@ from vsr1.config import DatasetConfig, JobConfig, RunConfig
 from vsr1.dataset_job import DatasetJob
 from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.stages import POLICIES, Job, device_of
-from vsr1.train.monitor import Monitor, Terminal
+from vsr1.train import parallel
+from vsr1.train.monitor import Monitor, Silent, Terminal
 from vsr1.world_job import WorldJob
 
 _FREE = ("run", "stage", "workers", "device", "checkpoint_every")  # may change between two calls on one folder
@@ -27,10 +29,12 @@ _FREE = ("run", "stage", "workers", "device", "checkpoint_every")  # may change 
 def run(config: JobConfig) -> Path:
     """Run `config` to the end of its stage; returns the run folder. Errors a person can mend are `Vsr1Error`s."""
     configuration.check(config)
-    device_of(config.device)
-    claim(config)
-    with _Disk(config.run), Monitor(config.run) as monitor:
-        job_of(config, monitor).run()
+    with parallel.group(device_of(config.device)) as device:
+        if parallel.first():
+            claim(config)
+        parallel.wait()
+        with _Disk(config.run), Monitor(config.run) if parallel.first() else Silent() as monitor:
+            job_of(config, monitor, device).run()
     return config.run
 
 
@@ -45,15 +49,15 @@ def reopened(folder: Path) -> Job:
             raise ConfigError(
                 f"'{folder}' is not finished: it has no models/policy-{stage}; run vsr1 train on it again"
             )
-    return job_of(config, Terminal(Console(quiet=True)))
+    return job_of(config, Terminal(Console(quiet=True)), device_of(config.device))
 
 
-def job_of(config: JobConfig, monitor: Terminal) -> Job:
+def job_of(config: JobConfig, monitor: Terminal, device: torch.device) -> Job:
     """The stages of a run, by the kind of its configuration."""
     if isinstance(config, DatasetConfig):
-        return DatasetJob(config, monitor)
+        return DatasetJob(config, monitor, device)
     assert isinstance(config, RunConfig)
-    return WorldJob(config, monitor)
+    return WorldJob(config, monitor, device)
 
 
 class _Disk:

@@ -33,6 +33,7 @@ from vsr1.files import write_whole
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.records import Moment
+from vsr1.train import parallel
 from vsr1.train.checkpoint import publish
 from vsr1.train.grpo import train_grpo
 from vsr1.train.library import Shelf
@@ -64,12 +65,12 @@ class Job(ABC):
 
     stages: ClassVar[tuple[str, ...]]
 
-    def __init__(self, config: JobConfig, monitor: Terminal) -> None:
+    def __init__(self, config: JobConfig, monitor: Terminal, device: torch.device) -> None:
         self.config = config
         self.folder = config.run
         self.monitor = monitor
         self.workers = config.workers or os.cpu_count() or 1
-        self.device = device_of(config.device)
+        self.device = device
         self._started = time.monotonic()
 
     @property
@@ -124,7 +125,9 @@ class Job(ABC):
             try:
                 getattr(self, f"run_{stage}")()
             finally:
-                self._spent(stage)
+                if parallel.first():
+                    self._spent(stage)
+        parallel.wait()
         self.monitor.say(f"done in {clock(time.monotonic() - began)}: {self.folder}")
 
     def _spent(self, stage: str) -> dict[str, float]:
@@ -144,12 +147,17 @@ class Job(ABC):
         if final.is_dir():
             return load(final).to(self.device).eval().requires_grad_(False)
         model = make().eval().requires_grad_(False)
-        aside = final.with_name(f".{name}.tmp")
+        if parallel.first():
+            self._publish(model, final)
+        parallel.wait()
+        return model
+
+    def _publish(self, model: Embedder | Policy, final: Path) -> None:
+        aside = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         model.save_pretrained(aside)
         publish(aside, final)
-        return model
 
     def run_sft(self) -> None:
         """Stage 1 of the policy."""
@@ -189,6 +197,8 @@ class Job(ABC):
 
     def _calibrate(self, policy: Policy, embedder: Embedder) -> None:
         """Fit the policy's probabilities on held-out queries, so that they mean what they say."""
+        if not parallel.first():
+            return  # who publishes the policy needs it, nobody else
         moments = self.moments("validation")[: self.config.evaluation.calibration]
         shelf = self.shelf("validation", embedder, policy)
         sampling = Sampling(max_tokens=self.config.evaluation.max_tokens)
@@ -242,6 +252,8 @@ class Job(ABC):
 
     def run_eval(self) -> None:
         """Both policies on the test videos; `eval.json`, `trajectories.jsonl` and `report.html`."""
+        if not parallel.first():
+            return
         if not (self.folder / "eval.json").is_file():
             self._evaluate(self.embedder())
         if not (self.folder / "report.html").is_file():

@@ -19,6 +19,7 @@ from vsr1.models.policy import SHORT_SYSTEM, Policy
 from vsr1.models.tokenizer import train_tokenizer
 from vsr1.records import Moment
 from vsr1.stages import Job, Shelves
+from vsr1.train import parallel
 from vsr1.train.embedder import train_embedder
 from vsr1.train.library import Shelf
 from vsr1.train.monitor import Terminal
@@ -32,8 +33,8 @@ class WorldJob(Job):
     stages = WORLD_STAGES
     config: RunConfig
 
-    def __init__(self, config: RunConfig, monitor: Terminal) -> None:
-        super().__init__(config, monitor)
+    def __init__(self, config: RunConfig, monitor: Terminal, device: torch.device) -> None:
+        super().__init__(config, monitor, device)
         self._world: World | None = None
         self._embedder: Embedder | None = None  # kept over the stages, with the videos that it has encoded
 
@@ -41,7 +42,7 @@ class WorldJob(Job):
         """The rendered world."""
         if self._world is None:
             config = dataclasses.replace(self.config.world, workers=self.workers)
-            with self.monitor.phase("render", 1) as phase:
+            with self.monitor.phase("render", 1) as phase, parallel.first_alone():
                 self._world = build(self.folder / "world", config, self.config.seed, progress=phase.update)
         return self._world
 
@@ -80,7 +81,7 @@ class WorldJob(Job):
         paths = [self.world().video_path(video_id).absolute() for video_id in video_ids]
         with self.monitor.phase(f"index {name}", len(paths)) as phase:
             features = embedder.videos.encode_all(paths, progress=phase.update)
-        if not folder.is_dir():
+        if parallel.first() and not folder.is_dir():
             aside = folder.with_name(f".{name}.tmp")
             shutil.rmtree(aside, ignore_errors=True)
             aside.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +93,7 @@ class WorldJob(Job):
                 durations = [one.duration for one in features[part]]
                 corpus.add(video_ids[part], vectors, paths=paths[part], durations=durations)
             aside.rename(folder)
+        parallel.wait()
         return Shelf(Corpus.open(folder, embedder.identity), embedder.videos)
 
     def start(self, embedder: Embedder) -> Policy:

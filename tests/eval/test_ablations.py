@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -201,7 +202,7 @@ def finished(policy, embedder, corpus, moments, spoken, monkeypatch, tmp_path) -
         given: Any = (lambda stage: policy, lambda: None, embedder, corpus, moments, SETTINGS, 0)
         return Opened(("sft", "grpo"), *given)
 
-    monkeypatch.setattr(ablating, "open_run", opened)
+    monkeypatch.setattr(ablating, "reopened", lambda folder: SimpleNamespace(opened=lambda: opened(folder)))
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
 

@@ -72,7 +72,7 @@ def test_another_protocol_can_be_adopted(layout: Layout, models: Path, tmp_path:
     (tmp_path / "other.json").write_text(json.dumps(rows))
     config = cli.parse_train([*flags(layout, models, tmp_path)[1:], "--protocol-from", str(tmp_path / "other.json")])
     with Monitor(tmp_path) as monitor:
-        job = DatasetJob(config, monitor)
+        job = DatasetJob(config, monitor, torch.device("cpu"))
         assert job.start(job.embedder()).settings.system == "Look well."
 
 
@@ -80,7 +80,7 @@ def test_the_policy_keeps_a_tower_of_its_own(run: Path, models: Path) -> None:
     config = load(run / "config.yaml")
     assert isinstance(config, DatasetConfig)
     with Monitor(run) as monitor:
-        job = DatasetJob(config, monitor)
+        job = DatasetJob(config, monitor, torch.device("cpu"))
         embedder = job.embedder()
         policy = job.start(embedder)
     assert policy.videos is not embedder.videos
@@ -91,7 +91,7 @@ def test_the_policy_keeps_a_tower_of_its_own(run: Path, models: Path) -> None:
 def test_held_out_queries_are_not_trained_on(layout: Layout, models: Path, tmp_path: Path, world: World) -> None:
     config = cli.parse_train([*flags(layout, models, tmp_path / "run")[1:], "--hold-out", "3"])
     with Monitor(tmp_path) as monitor:
-        job = DatasetJob(config, monitor)
+        job = DatasetJob(config, monitor, torch.device("cpu"))
         kept, trained = job.moments("validation"), job.moments("grpo")
         embedder = job.embedder()
         policy = job.start(embedder)

@@ -240,10 +240,10 @@ def test_the_evaluation_as_a_whole(run: Path) -> None:
 
 
 def test_the_run_opens_as_it_was_evaluated(run: Path) -> None:
-    from vsr1 import ablating
     from vsr1.eval import ablations
+    from vsr1.job import reopened
 
-    opened = ablating.open_run(run)
+    opened = reopened(run).opened()
     given = opened.embedder, opened.shelf, opened.moments, opened.settings, opened.seed
     baselines = read(run / "eval.json")["baselines"]
     work = ablations.Ablations(opened.policy(opened.stages[0]), *given)

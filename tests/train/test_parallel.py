@@ -24,12 +24,13 @@ from vsr1.data.world import World
 from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
-from vsr1.train import grpo, loop, parallel, sft
+from vsr1.train import grpo, loop, parallel
 from vsr1.train.grpo import GrpoTraining
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Interrupted, Keeper, Optimisation, StepResult
 from vsr1.train.losses import sft_loss
 from vsr1.train.monitor import Monitor, Silent
+from vsr1.train.templated import meanings as meanings_of
 
 STEPS = 6
 SETTINGS = Optimisation(steps=STEPS, learning_rate=1e-2, warmup=2)
@@ -303,7 +304,7 @@ def test_queries_are_shared_by_groups(
         validate_every=1,
     )
     moments = [query.moment for query in world.queries("train")]
-    meanings = sft.meanings(tiny_embedder, world.queries("train"))
+    meanings = meanings_of(tiny_embedder, world.queries("train"))
     before = [weight.detach().clone() for weight in deterministic.parameters()]
 
     def job(folder: Path) -> tuple[list[Tensor], int]:

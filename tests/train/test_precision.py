@@ -24,6 +24,8 @@ from vsr1.train.loop import Keeper, Optimisation, StepResult
 from vsr1.train.monitor import Monitor
 from vsr1.train.precision import masters
 from vsr1.train.sft import SftTraining
+from vsr1.train.templated import Templates
+from vsr1.train.templated import meanings as meanings_of
 
 SETTINGS = Optimisation(steps=40, learning_rate=1e-4, warmup=0, weight_decay=0.0, muon=0.0, final_fraction=1.0)
 
@@ -174,7 +176,8 @@ def test_the_first_stage_trains_in_bfloat16(
     settings = SftTraining(optimisation, batch=6, refine_from=0.0, contrast_from=0.0)
     before, monitor = weights(half_policy), Recorder()
     keeper = Keeper(tmp_path, monitor, 1e9)  # type: ignore[arg-type]
-    sft.train_sft(half_policy, tiny_embedder, world, shelf, settings, 1, keeper)
+    source = Templates(half_policy, tiny_embedder, world, shelf, settings, 1)
+    sft.train_sft(half_policy, tiny_embedder, source, shelf, settings, keeper)
     assert {"say", "distillation", "contrast", "loss"} <= set(monitor.lines[-1])
     after = weights(half_policy)
     moved = {name for name, one in before.items() if not torch.equal(one, after[name])}
@@ -217,7 +220,7 @@ def test_the_second_stage_trains_in_bfloat16(
     before, monitor = weights(half_policy), Recorder()
     moments = [query.moment for query in world.queries("train")]
     keeper = Keeper(tmp_path, monitor, 1e9)  # type: ignore[arg-type]
-    meanings = sft.meanings(tiny_embedder, world.queries("train"))
+    meanings = meanings_of(tiny_embedder, world.queries("train"))
     grpo.train_grpo(half_policy, tiny_embedder, moments, shelf, settings, 1, keeper, None, meanings)
     assert all(math.isfinite(line["loss"]) for line in monitor.lines), monitor.lines
     assert {"latent_loss", "latent_kl", "contrast", "distillation", "kl"} <= set(monitor.lines[-1])

@@ -119,6 +119,16 @@ def wait() -> None:
             dist.all_reduce(torch.zeros(1), group=_long[0])
 
 
+@contextmanager
+def first_alone() -> Iterator[None]:
+    """What is inside, the first process does before all others: they find it done."""
+    if not first():
+        wait()
+    yield
+    if first():
+        wait()
+
+
 def begin_alike(modules: nn.Module) -> None:
     """Give all processes the first one's trainable weights: what was drawn at random may differ."""
     if size() > 1:

@@ -24,7 +24,7 @@ from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.ops.corpus_scan import info_nce
-from vsr1.train import lora
+from vsr1.train import lora, parallel
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation, StepResult, train
 from vsr1.train.losses import as_numbers, distillation_loss, sft_loss
@@ -114,7 +114,7 @@ def train_sft(
     total = settings.optimisation.steps
 
     def step(index: int) -> StepResult:
-        drawn = source.draw(index)
+        drawn = parallel.share(source.draw(index))
         if index + 1 < total:
             source.expect(index + 1)
         numbers: dict[str, float] = {}
@@ -131,11 +131,12 @@ def train_sft(
 
 @dataclass(frozen=True)
 class _Totals:
-    """What a step averages over: weights of tokens, rows that refine, and those of them that InfoNCE can teach."""
+    """What a step averages over: weights of tokens, rows that refine, and those of them that InfoNCE can teach (of all
+    processes, a process)."""
 
     weight: float
-    refined: int
-    contrasted: int
+    refined: float
+    contrasted: float
 
 
 @dataclass(frozen=True)
@@ -151,16 +152,19 @@ class _Stage:
     ) -> Iterator[Tensor]:
         """The losses of the parts of a step; they add up to that of the step. `numbers` gets what is to be logged."""
         refined = [place for place, one in enumerate(drawn) if refining and self._refines(one)]
-        refined = refined[: self.settings.refine_rows]
+        refined = refined[: -(-self.settings.refine_rows // parallel.size())]
         clear = [place for place in refined if contrasting and self.source.has_one_answer(drawn[place])]
-        totals = _Totals(sum(sum(one.weights) for one in drawn), len(refined), len(clear))
+        counts = sum(sum(one.weights) for one in drawn), len(refined), len(clear)
+        totals = _Totals(*(parallel.per_process(count) for count in counts))
+        sums: dict[str, float] = {}
         for part in _parts(drawn, self.settings.pack_tokens):
             inside = [place - part.start for place in refined if place in part]
             unique = [row for row, place in enumerate(p for p in refined if p in part) if place in clear]
             loss, found = self._loss([drawn[place] for place in part], inside, unique, totals)
             for name, value in as_numbers(**found).items():
-                numbers[name] = numbers.get(name, 0.0) + value
+                sums[name] = sums.get(name, 0.0) + value
             yield loss
+        numbers |= parallel.mean(sums, absent=0.0)
 
     def _refines(self, one: Example) -> bool:
         asks = self.policy.refine_id == one.row.token_ids[-1]  # behind it the soft tokens begin
@@ -209,6 +213,8 @@ class _Stage:
 
 def _parts(drawn: Sequence[Example], most: int) -> Iterator[range]:
     """Neighbouring rows whose padded tokens are at most `most`; a longer row is a part of its own."""
+    if not drawn:
+        return
     begin, longest = 0, 0
     for place, one in enumerate(drawn):
         longest = max(longest, len(one.row))
