@@ -21,6 +21,7 @@ from vsr1.files import write_whole
 RECORD: Final = "build.json"
 State = Literal["made", "stands", "not ours", "read"]
 Counts = Mapping[str, Any]
+Inputs = Mapping[str, str | int | float | None]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Standing:
         self,
         name: str,
         files: Sequence[Path],
-        inputs: Mapping[str, str | int | float | None],
+        inputs: Inputs,
         write: Callable[[], Counts],
     ) -> Outcome:
         """See to it that `files` are there and made from `inputs`; `write` makes them and gives counts to remember. Where
@@ -95,7 +96,7 @@ class Standing:
         self._anew.add(name)
         return Outcome(name, files[0], "made", counts)
 
-    def _keep(self, name: str, inputs: Mapping[str, str | int | float | None], counts: Counts) -> None:
+    def _keep(self, name: str, inputs: Inputs, counts: Counts) -> None:
         self._record[name] = {"inputs": dict(inputs), "counts": dict(counts)}
         write_whole(self._path, json.dumps(self._record, ensure_ascii=False, indent=1))
 

@@ -30,7 +30,7 @@ import torch
 from vsr1 import ingest
 from vsr1.building import queries
 from vsr1.building.replies import matching, reason_of, sft_row, told
-from vsr1.building.standing import Outcome, Standing, digest, digest_of
+from vsr1.building.standing import Inputs, Outcome, Standing, digest, digest_of
 from vsr1.command import Progress
 from vsr1.corpus import Corpus
 from vsr1.corpus.catalogue import FILE
@@ -222,7 +222,7 @@ class Building:
             write_sft(self.layout.sft, [sft_row(pair) for pair in chosen])
             return matching(chosen) | {"without reason": len(found) - len(usable)}
 
-        inputs = {
+        inputs: Inputs = {
             "rationales": digest_of(self.layout.pool),
             "annotations": _moments_digest(self.moments),
             "protocol": digest(SYSTEM.encode()),
@@ -338,7 +338,7 @@ class Building:
     def _pool(self) -> Path:
         return self.layout.pool.with_name(f"top1_pool.{self.train}.jsonl")
 
-    def _swept(self) -> dict[str, str | int | float | None]:
+    def _swept(self) -> Inputs:
         """What the sweep depends on."""
         return {
             "annotations": _moments_digest(self.moments),
