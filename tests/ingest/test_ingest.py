@@ -438,3 +438,11 @@ def test_marks_belong_to_the_row_they_came_with(tmp_path: Path) -> None:
     assert corpus.marks() == {}
     with pytest.raises(CorpusError, match="already in"):
         corpus.add(["w"], torch.ones(1, 2), replacing=["v"])
+
+
+def test_videos_can_be_given_their_ids(add: Add, seen: Callable[[], dict[str, int]], tmp_path: Path) -> None:
+    film(tmp_path / "films" / "one.mp4", 1)
+    film(tmp_path / "films" / "two.mp4", 2)
+    names = {str(tmp_path / "films" / "one.mp4"): "first"}
+    assert add(names=names).added == 2 and seen() == {"first": 1, "two.mp4": 2}
+    assert add(names=names).unchanged == 2

@@ -338,7 +338,7 @@ class Building:
     def _pool(self) -> Path:
         return self.layout.pool.with_name(f"top1_pool.{self.train}.jsonl")
 
-    def _swept(self) -> dict[str, str | int | float | None]:
+    def _swept(self) -> Inputs:
         """What the sweep depends on."""
         return {
             "annotations": _moments_digest(self.moments),
