@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  ask     ask a trained run for a moment: vsr1 ask runs/tiny 'a small red circle ...'\n"
         "  index   make a corpus of your own videos: vsr1 index add CORPUS FOLDER --run runs/tiny\n"
         "  eval    figures of a run or a file of results, or what differs between two: vsr1 eval runs/a runs/b\n"
-        "  data    what is wrong with an annotation file: vsr1 data check FILE\n"
+        "  data    build, import or check the files of a data set: vsr1 data build charades --root data/charades\n"
         "  plan    memory and time that a recipe takes, before anything is loaded: vsr1 plan --preset charades\n"
         "  doctor  what this machine can run, and why not"
     )
@@ -175,7 +175,7 @@ def doctor(argv: Sequence[str]) -> int:
 
 
 def data(argv: Sequence[str]) -> int:
-    """`vsr1 data`: annotation files."""
+    """`vsr1 data`: the files of data sets."""
     from vsr1 import datasets
 
     return datasets.main(argv)

@@ -83,6 +83,10 @@ class DatasetConfig(JobConfig):
     """end each training stage after so many steps (0: after as many as it is set to)"""
     checkpointing: bool = False
     """compute activations again in the backward pass instead of keeping them"""
+    max_pixels: int = 0
+    """most pixels of a frame (0: as many as the policy's folder says)"""
+    feature_cache: int = 1024
+    """MiB of videos' features to be kept, so that a video shown again is not encoded again"""
     hold_out: int = 200
     """queries kept from training to calibrate and watch it, where the data set has no validation split"""
 
@@ -174,8 +178,9 @@ _ABOVE_ZERO = (
         "grpo.temperature",
         "grpo.updates",
         "grpo.pack_tokens",
+        "grpo.rows",
     ),
-    *("evaluation.turns", "evaluation.max_tokens", "evaluation.resamples"),
+    *("evaluation.turns", "evaluation.max_tokens", "evaluation.resamples", "evaluation.rows", "evaluation.pack_tokens"),
 )
 _SHARES = (
     *(f"{stage}.optimisation.final_fraction" for stage in _STAGES_TRAINED),
@@ -187,7 +192,7 @@ _NOT_BELOW_ZERO = (
     *("vision.shape_weight", "embedder.backgrounds"),
     *("grpo.sigma", "grpo.beta", "grpo.latent_beta", "grpo.latent_weight", "grpo.contrast_weight", "grpo.clip_high"),
     *("grpo.distillation_weight", "grpo.validate_every", "grpo.validation_queries", "grpo.lora_rank"),
-    *("max_steps", "hold_out", "sft.negatives", "sft.lora_rank"),
+    *("max_steps", "hold_out", "max_pixels", "feature_cache", "sft.negatives", "sft.lora_rank"),
     *("sft.answer_weight", "sft.mark_weight", "sft.distillation_weight", "sft.contrast_weight"),
     *(f"{stage}.optimisation.{key}" for stage in _STAGES_TRAINED for key in ("warmup", "weight_decay", "muon")),
 )

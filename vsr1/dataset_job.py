@@ -91,6 +91,8 @@ class DatasetJob(Job):
 
     def _ready(self, policy: Policy) -> Policy:
         policy.videos.workers = self.workers
+        policy.videos.cache_bytes = self.config.feature_cache << 20
+        policy.videos.settings = policy.videos.settings.limited(self.config.max_pixels)
         policy.checkpointing = self.config.checkpointing
         return policy
 

@@ -19,6 +19,7 @@ from vsr1.files import write_whole
 
 if TYPE_CHECKING:
     from vsr1.models.shape import ModelShape
+    from vsr1.train.cost import Gpu
     from vsr1.train.estimate import Plan
     from vsr1.train.work import Work
 
@@ -27,8 +28,6 @@ SIZES = ("2b", "4b")
 MARKS = "<!-- plan -->", "<!-- /plan -->"
 HARDWARE = (("4090-24", 1), ("l40s-48", 1), ("h100-80", 1), ("a6000-48", 4), ("h100-80", 8))
 """What the table of all presets is computed for."""
-ROWS_A_STEP = 4
-SFT_ROWS = 2000
 GIB = 1 << 30
 
 
@@ -37,21 +36,43 @@ def main(argv: Sequence[str]) -> int:
     return guarded(lambda: _plan(_parse(argv)), kept="nothing was written")
 
 
-def work_of(preset: str, **changed: Any) -> Work:
-    """The numbers of a preset; `changed` fields of `Work` instead of its own.
-
-    Stage 1 is one epoch of the 2,000 rows that the published recipe makes, four a step; stage 2 one epoch of the training
-    queries, eight replies each, 16 queries a step. Videos are sampled as the published recipe does.
-    """
+def work_of(preset: str, *, memory: int = 80, published: bool = False, **changed: Any) -> Work:
+    """The numbers of a data set's recipe on GPUs of so many GB; `changed` fields of `Work` instead of its own."""
+    from vsr1 import presets
     from vsr1.data.benchmarks import BENCHMARKS
-    from vsr1.models.checkpoints import PUBLIC_VIDEO
+    from vsr1.models.vision import VideoSettings
     from vsr1.train.work import VideoTokens, Work
 
-    data, frame = BENCHMARKS[preset], (480, 640)
-    mean, longest = (VideoTokens.of(PUBLIC_VIDEO, seconds, frame) for seconds in (data.train.seconds, data.longest))
-    known = Work(data.train, data.test, mean, longest, frame)
-    steps = -(-data.train.queries // known.grpo_queries)
-    known = replace(known, sft_rows=ROWS_A_STEP, sft_steps=SFT_ROWS // ROWS_A_STEP, grpo_steps=steps)
+    name, _, size = preset.partition("-")
+    recipe = presets.dataset(name, size or "2b", memory=memory, published=published)
+    data, frame = BENCHMARKS[recipe.dataset], (480, 640)
+    settings = VideoSettings().limited(recipe.max_pixels)
+    mean, longest = (VideoTokens.of(settings, seconds, frame) for seconds in (data.train.seconds, data.longest))
+    sft, grpo, evaluation = recipe.sft, recipe.grpo, recipe.evaluation
+    known = Work(
+        data.train,
+        data.test,
+        mean,
+        longest,
+        frame,
+        lora_rank=grpo.lora_rank,
+        checkpointing=recipe.checkpointing,
+        cache_bytes=recipe.feature_cache << 20,
+        longest_reply=grpo.max_tokens,
+        sft_steps=sft.optimisation.steps,
+        sft_rows=sft.batch,
+        sft_pack=sft.pack_tokens,
+        sft_refined=1.0 if sft.refine == "all" else 1 - sft.matched,
+        grpo_steps=grpo.optimisation.steps,
+        grpo_queries=grpo.queries,
+        group=grpo.group,
+        turns=grpo.turns,
+        updates=grpo.updates,
+        pack=grpo.pack_tokens,
+        decoded_rows=grpo.rows,
+        read_pack=grpo.pack_tokens,
+        test_turns=evaluation.turns,
+    )
     return replace(known, **changed)
 
 
@@ -64,9 +85,14 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser.add_argument("--gpu", choices=list(GPUS), default="h100-80", help="(h100-80)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="of that kind; each holds all weights (1)")
     parser.add_argument("--cores", type=int, default=16, metavar="N", help="processors that decode videos (16)")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="train adapters (0: all weights)")
-    parser.add_argument("--pack", type=int, metavar="TOKENS", help="most tokens of a pass, of both stages")
-    parser.add_argument("--rows", type=int, metavar="N", help="replies spoken at once")
+    parser.add_argument("--published", action="store_true", help="the recipe with the public code's hyper-parameters")
+    parser.add_argument(
+        "--lora", type=int, metavar="RANK", help="adapters (0: all weights) instead of what the recipe trains"
+    )
+    parser.add_argument(
+        "--pack", type=int, metavar="TOKENS", help="most tokens of a pass, of both stages, instead of its own"
+    )
+    parser.add_argument("--rows", type=int, metavar="N", help="replies spoken at once, instead of its own")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep all activations")
     parser.add_argument("--policy", type=Path, metavar="FOLDER", help="read the policy's shape from its config.json")
     parser.add_argument("--embedder", type=Path, metavar="FOLDER", help="the same of the embedder")
@@ -100,19 +126,20 @@ def _plan(arguments: Namespace) -> None:
     if arguments.write is not None:
         _write(arguments.write)
         return
-    changed: dict[str, Any] = {
-        "lora_rank": arguments.lora,
-        "gpus": arguments.gpus,
-        "cores": arguments.cores,
-        "checkpointing": not arguments.no_checkpointing,
-    }
-    if arguments.pack is not None:
-        changed |= {"pack": arguments.pack, "sft_pack": arguments.pack}
-    if arguments.rows is not None:
-        changed |= {"decoded_rows": arguments.rows}
     policy, embedder = _shapes(arguments)
     gpu = GPUS[arguments.gpu]
-    asked = estimate(policy, embedder, work_of(arguments.preset, dimension=embedder.text.hidden, **changed), gpu)
+    changed: dict[str, Any] = {"gpus": arguments.gpus, "cores": arguments.cores, "dimension": embedder.text.hidden}
+    if arguments.no_checkpointing:
+        changed["checkpointing"] = False
+    if arguments.lora is not None:
+        changed["lora_rank"] = arguments.lora
+    if arguments.pack is not None:
+        changed |= {"pack": arguments.pack, "sft_pack": arguments.pack, "read_pack": arguments.pack}
+    if arguments.rows is not None:
+        changed["decoded_rows"] = arguments.rows
+    name = _preset(arguments.preset, arguments.size)
+    work = work_of(name, memory=_room(gpu), published=arguments.published, **changed)
+    asked = estimate(policy, embedder, work, gpu)
     fitting = None if asked.fitting is None else estimate(policy, embedder, asked.fitting, gpu)
     _tables(arguments, asked, fitting)
     if arguments.json is not None:
@@ -217,28 +244,35 @@ def _json(asked: Plan, fitting: Plan | None) -> dict[str, Any]:
     return values
 
 
+def _preset(name: str, size: str) -> str:
+    return name if size == SIZES[0] else f"{name}-{size}"
+
+
+def _room(gpu: Gpu) -> int:
+    """The GB of memory that recipes are made for, of this GPU."""
+    from vsr1.presets import MEMORY
+
+    return max(memory for memory in MEMORY if memory <= 1.1 * gpu.memory)
+
+
 def markdown() -> str:
-    """The table of all presets and sizes on some hardware: full training with what has to change to fit."""
-    from vsr1.data.benchmarks import BENCHMARKS
+    """The table of all presets and sizes on some hardware: what trains, and what the recipe needs."""
     from vsr1.models.shape import SHAPES
     from vsr1.train.cost import GPUS
     from vsr1.train.estimate import estimate
 
     lines = [
-        "| preset | policy | GPUs | changes to full training | GiB | index | SFT | GRPO | evaluation |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| preset | GPUs | trains | GiB | index | SFT | GRPO | evaluation | to make it fit |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for preset, size, (name, gpus) in ((p, s, h) for p in PRESETS for s in SIZES for h in HARDWARE):
-        shapes = SHAPES[size], SHAPES["embedding-2b"]
-        asked = estimate(*shapes, work_of(preset, gpus=gpus, cores=16 * gpus), GPUS[name])
-        hardware = f"{gpus} x {GPUS[name].title}" if gpus > 1 else GPUS[name].title
-        head = f"| {BENCHMARKS[preset].title} | {size.upper()} | {hardware} |"
-        if asked.fitting is None:
-            lines.append(f"{head} does not fit | {asked.peak / GIB:.0f} | | | | |")
-            continue
-        plan = estimate(*shapes, asked.fitting, GPUS[name])
+        gpu, recipe = GPUS[name], _preset(preset, size)
+        work = work_of(recipe, memory=_room(gpu), gpus=gpus, cores=16 * gpus)
+        plan = estimate(SHAPES[size], SHAPES["embedding-2b"], work, gpu)
+        hardware = f"{gpus} x {gpu.title}" if gpus > 1 else gpu.title
         times = " | ".join(_duration(plan.seconds[phase]) for phase in ("index", "sft", "grpo", "eval"))
-        lines.append(f"{head} {', '.join(asked.changes) or 'none'} | {plan.peak / GIB:.1f} | {times} |")
+        changes = "" if plan.fits else ", ".join(plan.changes) + ("" if plan.fitting else ": not enough")
+        lines.append(f"| `{recipe}` | {hardware} | {_trained(work)} | {plan.peak / GIB:.1f} | {times} | {changes} |")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ here, ours trains the true loop with live retrieval. What differs from the publi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vsr1.config import DatasetConfig, JobConfig, RunConfig
@@ -39,16 +39,39 @@ def quick() -> RunConfig:
     )
 
 
+@dataclass(frozen=True)
+class _Room:
+    """What a GPU has room for: tokens of one pass, replies at once, MiB of videos' features, pixels of a frame (0: all)."""
+
+    pack_tokens: int
+    rows: int
+    feature_cache: int
+    max_pixels: int
+
+
+# By GB of memory, as `vsr1 plan` computes it.
+_ROOM = {24: _Room(8192, 8, 512, 96 * 1024), 48: _Room(16384, 8, 1024, 0), 80: _Room(16384, 16, 1024, 0)}
+MEMORY = tuple(_ROOM)
+FULL_FROM = {"2b": 80, "4b": 141}
+"""GB of memory from which all weights train; with less, adapters do."""
+LORA_RANK = 32
+LORA_RATE = 10.0  # the rate that adapters take, as a multiple of that of all weights (arXiv 2405.09673)
+
+
 def dataset(name: str, size: str, *, published: bool = False, memory: int = 80) -> DatasetConfig:
-    """The recipe of a data set for a model `size` ("2b", "4b"), on GPUs with so many GB of `memory`."""
+    """The recipe of a data set for a model `size` ("2b", "4b"), on GPUs with so many GB of `memory` (one of MEMORY)."""
+    if memory not in _ROOM:
+        raise ConfigError(f"--memory must be one of {', '.join(map(str, MEMORY))} GB, got {memory}")
     sft, grpo = _published(name) if published else _ours()
-    room = next((part for most, part in _ROOM if memory <= most), _ROOM[-1][1])
-    full = memory >= FULL_FROM[size]
-    if not full:
-        rate = LORA_RATE * grpo.optimisation.learning_rate
-        grpo = replace(grpo, lora_rank=LORA_RANK, optimisation=replace(grpo.optimisation, learning_rate=rate))
-        rate = LORA_RATE * sft.optimisation.learning_rate
-        sft = replace(sft, lora_rank=LORA_RANK, optimisation=replace(sft.optimisation, learning_rate=rate))
+    room, full = _ROOM[memory], memory >= FULL_FROM[size]
+    if (memory, size) == (24, "4b"):
+        room = replace(room, pack_tokens=4096)
+    for stage in (sft, grpo):
+        stage.pack_tokens = room.pack_tokens
+        if not full:
+            stage.lora_rank = LORA_RANK
+            stage.optimisation.learning_rate *= LORA_RATE
+    grpo.rows = room.rows
     return DatasetConfig(
         run=Path(f"runs/{name}" + ("-4b" if size == "4b" else "")),
         checkpoint_every=600.0,
@@ -56,18 +79,14 @@ def dataset(name: str, size: str, *, published: bool = False, memory: int = 80) 
         root=Path("data") / name,
         policy=f"Qwen/Qwen3-VL-{size.upper()}-Instruct",
         checkpointing=True,
-        sft=replace(sft, pack_tokens=room),
-        grpo=replace(grpo, pack_tokens=room),
-        evaluation=EvaluationSettings(queries=0, max_tokens=512, ablated=500),
+        max_pixels=room.max_pixels,
+        feature_cache=room.feature_cache,
+        sft=sft,
+        grpo=grpo,
+        evaluation=EvaluationSettings(
+            queries=0, max_tokens=grpo.max_tokens, ablated=500, rows=room.rows, pack_tokens=room.pack_tokens
+        ),
     )
-
-
-LORA_RANK = 64
-LORA_RATE = (
-    10.0  # adapters bear about ten times the rate of full training (arXiv 2405.09673; schulman's "LoRA without regret")
-)
-FULL_FROM = {"2b": 80, "4b": 141}  # GB of memory from which all weights train, by `vsr1 plan`
-_ROOM = ((24, 8192), (48, 16384), (80, 32768))  # GB of memory -> tokens of one forward and backward pass
 
 
 def _ours() -> tuple[SftTraining, GrpoTraining]:

@@ -203,9 +203,10 @@ class Job(ABC):
         shelf = self.shelf("validation", embedder, policy)
         sampling = Sampling(max_tokens=self.config.evaluation.max_tokens)
         loop = LoopSettings(turns=2, refinement="none", sampling=sampling, batch=128)
+        speaker = self.config.evaluation.speaker()
         with self.monitor.phase("calibrate", len(moments)) as phase:
             policy.eval()
-            found = rollout.run(policy, embedder, shelf, moments, settings=loop, progress=phase.update)
+            found = rollout.run(policy, embedder, shelf, moments, settings=loop, speaker=speaker, progress=phase.update)
         scale, offset = calibration.fit(*calibration.pairs(found)) if found else (1.0, 0.0)
         policy.settings = dataclasses.replace(policy.settings, calibration=(scale, offset))
 
@@ -218,9 +219,10 @@ class Job(ABC):
         shelf = self.shelf("validation", embedder, policy)
         sampling = Sampling(max_tokens=self.config.evaluation.max_tokens)
         loop = LoopSettings(turns=settings.turns, accumulate=settings.accumulate, sampling=sampling, batch=128)
+        speaker = self.config.evaluation.speaker()
 
         def validate() -> dict[str, float]:
-            found = rollout.run(policy, embedder, shelf, moments, settings=loop)
+            found = rollout.run(policy, embedder, shelf, moments, settings=loop, speaker=speaker)
             figures = {f"refine_gain_{turn}": gain for turn, (gain, _) in metrics.refine_gains(found).items()}
             figures |= {"vcmr": metrics.vcmr(found)["0.5"], "ver": metrics.verification(found)["ver"]}
             figures["R@1"] = metrics.retrieval(found)["R@1"]

@@ -285,3 +285,25 @@ def test_exploration_is_fed_back_and_has_its_probability(policy, prompts, monkey
     torch.testing.assert_close(again.logps, torch.stack([soft.logps for soft in drawn]), atol=1e-4, rtol=1e-3)
     silent = soft_tokens_after(policy, rows, [0, 1, 1], [(policy.refine_id,)] * 3)
     assert (silent.means[:, 1] - again.means[:, 1]).abs().max() > 1e-4  # the action, not the mean, was fed back
+
+
+def test_prompts_are_read_in_passes_that_change_nothing(policy, prompts, monkeypatch):
+    greedy = Sampling(max_tokens=12)
+    owner = [0, 1, 1, 0]
+    together = said(generate(policy, prompts, owner, greedy))
+    passes = []
+    run = backbone.run
+
+    def counted(model, rows, **options):
+        passes.append(len(rows))
+        return run(model, rows, **options)
+
+    monkeypatch.setattr(backbone, "run", counted)
+    apart = said(generate(policy, prompts, owner, greedy, read_tokens=max(len(one.row) for one in prompts)))
+    assert passes == [1, 1]
+    assert [one.spoken.token_ids for one in apart] == [one.spoken.token_ids for one in together]
+    for one, other in zip(apart, together, strict=True):
+        torch.testing.assert_close(one.spoken.token_logps, other.spoken.token_logps, rtol=1e-5, atol=1e-5)
+    passes.clear()
+    list(generate(policy, prompts, owner, greedy))
+    assert passes == [2]

@@ -156,3 +156,19 @@ def test_wrong_number_of_video_tokens_is_an_error(embedder, frames):
     row = rows_of(embedder, frames, (4,))[0]
     with pytest.raises(ValueError, match="placeholders"):
         backbone.run(embedder.model, [Row(row.token_ids[:-20], row.video)])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "expected"),
+    [
+        ([3, 3, 3], 9, [3]),
+        ([3, 3, 3], 8, [2, 1]),
+        ([1, 1, 5, 1], 5, [2, 1, 1]),  # padded to the longest
+        ([9, 1], 4, [1, 1]),  # one row may be longer
+        ([], 4, []),
+    ],
+)
+def test_rows_go_in_parts_of_so_many_padded_tokens(lengths: list[int], most: int, expected: list[int]) -> None:
+    found = list(backbone.parts([Row((0,) * length) for length in lengths], most))
+    assert [len(part) for part in found] == expected
+    assert [place for part in found for place in part] == list(range(len(lengths)))

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from vsr1 import cli, planning
+from vsr1 import cli, planning, presets
 from vsr1.errors import ConfigError
 from vsr1.models.shape import SHAPES
 from vsr1.models.vision import VideoSettings
+from vsr1.presets import MEMORY
 from vsr1.train import cost, memory
 from vsr1.train.cost import GPUS, Clock
 from vsr1.train.estimate import Plan, estimate
@@ -35,6 +36,26 @@ def test_the_table_in_the_docs_is_the_one_that_is_computed() -> None:
     begin, end = planning.MARKS
     shown = DOCS.read_text().split(begin)[1].split(end)[0].strip()
     assert shown == planning.markdown(), "vsr1 plan --write docs/recipes.md"
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+@pytest.mark.parametrize("size", planning.SIZES)
+@pytest.mark.parametrize("preset", planning.PRESETS)
+def test_recipes_fit_what_they_are_made_for(preset: str, size: str, memory: int) -> None:
+    name = preset if size == "2b" else f"{preset}-{size}"
+    for gpu in (gpu for gpu in GPUS.values() if planning._room(gpu) == memory):
+        for published in (False, True):
+            work = planning.work_of(name, memory=memory, published=published)
+            assert estimate(SHAPES[size], SHAPES["embedding-2b"], work, gpu).fits, gpu.title
+
+
+def test_the_plan_is_of_the_recipe() -> None:
+    recipe = presets.dataset("didemo", "2b", published=True, memory=24)
+    work = planning.work_of("didemo", memory=24, published=True)
+    assert (work.lora_rank, work.group, work.turns, work.pack) == (presets.LORA_RANK, 8, 1, recipe.grpo.pack_tokens)
+    assert (work.sft_rows, work.sft_steps, work.sft_refined) == (4, 500, 1.0)
+    assert (work.grpo_queries, work.grpo_steps, work.longest_reply) == (3, 6500, 768)
+    assert work.longest.of_pair <= 96 < planning.work_of("didemo").longest.of_pair
 
 
 def test_frames_become_tokens_as_the_sampler_and_the_resizer_say() -> None:
@@ -153,7 +174,7 @@ def test_shapes_come_from_folders(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     (tmp_path / "config.json").write_text(json.dumps(configuration(SHAPES["4b"]).to_dict()))
     found: list[Any] = []
-    for flags in (["--size", "4b"], ["--policy", str(tmp_path)]):
+    for flags in (["--size", "4b"], ["--size", "4b", "--policy", str(tmp_path)]):
         assert cli.main(["plan", *flags, "--json", str(tmp_path / "plan.json")]) == 0
         found.append(json.loads((tmp_path / "plan.json").read_text()))
     assert found[0] == found[1]

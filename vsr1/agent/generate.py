@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,11 +67,16 @@ class Prompt:
     duration: float = float("inf")
 
 
-class OwnSpeaker:
-    """The own engine; rows: how many replies are under way at once."""
+ROWS = 128
+READ_TOKENS = 32768
 
-    def __init__(self, rows: int = 128) -> None:
-        self.rows = rows
+
+class OwnSpeaker:
+    """The own engine; rows: how many replies are under way at once; read_tokens: most tokens of their prompts that go through
+    the model in one pass."""
+
+    def __init__(self, rows: int = ROWS, read_tokens: int = READ_TOKENS) -> None:
+        self.rows, self.read_tokens = rows, read_tokens
 
     def speak(
         self,
@@ -84,7 +90,8 @@ class OwnSpeaker:
     ) -> list[Spoken]:
         """See `vsr1.agent.speech.Speaker`."""
         prompts = [prompt_of(policy, question) for question in questions]
-        found = generate(policy, prompts, owner, sampling, seeds=seeds, rows=self.rows, deadline=deadline)
+        limits: dict[str, Any] = {"rows": self.rows, "read_tokens": self.read_tokens, "deadline": deadline}
+        found = generate(policy, prompts, owner, sampling, seeds=seeds, **limits)
         return [said.spoken for said in in_order(found)]
 
     def sync(self, policy: Policy) -> None:
@@ -128,7 +135,8 @@ def generate(
     refining: Refining | None = None,
     limits: Sequence[int] | None = None,
     stop: str | None = None,
-    rows: int = 128,
+    rows: int = ROWS,
+    read_tokens: int = READ_TOKENS,
     deadline: float | None = None,
 ) -> Iterator[tuple[int, Said]]:
     """One reply for each entry of `owner` (the number of its prompt), as (its place in `owner`, what was said), in the order
@@ -143,7 +151,7 @@ def generate(
     if seeds is None:
         seeds = [sampling.seed * 1_000_003 + index for index in range(len(owner))]
     limits = [min(sampling.max_tokens, limit) for limit in limits or [sampling.max_tokens] * len(owner)]
-    batch = _Batch(policy, prompts, owner, sampling, seeds, limits, refining, stop, min(rows, len(owner)))
+    batch = _Batch(policy, prompts, owner, sampling, seeds, limits, refining, stop, min(rows, len(owner)), read_tokens)
     while batch.waiting or batch.alive:
         if deadline is not None and time.monotonic() >= deadline:
             yield from ((reply.index, reply.said(False)) for reply in [*batch.alive, *map(batch.begin, batch.waiting)])
@@ -171,6 +179,7 @@ class _Batch:
         refining: Refining | None,
         stop: str | None,
         rows: int,
+        read_tokens: int,
     ) -> None:
         self.policy, self.prompts, self.owner, self.sampling = policy, prompts, owner, sampling
         self.seeds, self.limits, self.refining, self.stop = seeds, limits, refining, stop
@@ -185,7 +194,7 @@ class _Batch:
         self.hidden = torch.empty(0, policy.model.config.text_config.hidden_size, device=policy.videos.device)
         longest = max(len(prompts[index].row) for index in set(owner))
         places = min(rows + 1, len(set(owner)))  # one more: its living rows may end while others of it wait
-        self.slots = Slots(policy.model.model, places=places, longest=longest, rows=rows)
+        self.slots = Slots(policy.model.model, places=places, longest=longest, rows=rows, read_tokens=read_tokens)
 
     def begin(self, index: int) -> _Reply:
         """A reply that has said nothing yet."""

@@ -25,8 +25,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from vsr1.agent import rollout
+from vsr1.agent.generate import OwnSpeaker
 from vsr1.agent.rollout import Library, LoopSettings
-from vsr1.agent.speech import Sampling
+from vsr1.agent.speech import Sampling, Speaker
 from vsr1.agent.verdict import Memo
 from vsr1.eval import metrics, outcomes, refinements
 from vsr1.eval.metrics import THRESHOLDS
@@ -67,7 +68,8 @@ _EVERY_COUNT = 100  # up to so many queries the loop is run for every number of 
 class EvaluationSettings:
     """turns of the loop; at most this many queries (0 for all), tokens a reply, bootstrap resamples; calibration: held-out
     queries on which the probabilities of a policy are calibrated (0: they are not); ablated: queries that everything but the
-    method is run on (0: all)."""
+    method is run on (0: all). rows: replies that are spoken at once; pack_tokens: most tokens of prompts that are read in one
+    pass."""
 
     turns: int = 3
     queries: int = 500
@@ -75,6 +77,12 @@ class EvaluationSettings:
     resamples: int = 2000
     calibration: int = 200
     ablated: int = 0
+    rows: int = 128
+    pack_tokens: int = 32768
+
+    def speaker(self) -> Speaker:
+        """What speaks while it is measured."""
+        return OwnSpeaker(self.rows, self.pack_tokens)
 
 
 @dataclass(frozen=True)
@@ -202,6 +210,7 @@ class Ablations:
             self.moments,
             settings=loop,
             memo=self.memo,
+            speaker=self.settings.speaker(),
             progress=None if self.progress is None else partial(self.progress, name),
         )
         self.runs += 1

@@ -9,7 +9,7 @@ at once; the model's own `rope_deltas` state is never used, so passes of differe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,6 +70,18 @@ class State:
         self.cache.batch_select_indices(rows)
         prefix = None if self.prefix is None else replace(self.prefix, owner=self.prefix.owner[rows])
         return State(self.cache, self.mask[rows], self.next_position[rows], prefix)
+
+
+def parts(rows: Sequence[Row], most: int) -> Iterator[range]:
+    """Places of neighbouring rows that go through the model together: padded, at most `most` tokens, unless one row is longer."""
+    begin, longest = 0, 0
+    for place, row in enumerate(rows):
+        longest = max(longest, len(row))
+        if place > begin and longest * (place + 1 - begin) > most:
+            yield range(begin, place)
+            begin, longest = place, len(row)
+    if rows:
+        yield range(begin, len(rows))
 
 
 def rope_positions(video: np.ndarray, real: np.ndarray, grids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

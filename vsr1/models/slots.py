@@ -25,11 +25,12 @@ class Slots:
     (a `Qwen3VLModel`).
 
     Alive are the first `used_places` places and the first `used_rows` rows; owner holds each row's place, length how many
-    columns it has written, position its next position.
+    columns it has written, position its next position. Prompts are read in passes of at most `read_tokens` tokens.
     """
 
-    def __init__(self, model: Any, *, places: int, longest: int, rows: int) -> None:
+    def __init__(self, model: Any, *, places: int, longest: int, rows: int, read_tokens: int) -> None:
         self.model = model
+        self._read_tokens = read_tokens
         weight = model.language_model.embed_tokens.weight
         text = model.config.text_config
         self._sizes = (text.num_hidden_layers, 2, text.num_key_value_heads, text.head_dim)
@@ -50,6 +51,10 @@ class Slots:
 
     def read(self, prompts: Sequence[Row]) -> None:
         """Pass `prompts` through the model into the next places."""
+        for part in backbone.parts(prompts, self._read_tokens):
+            self._read([prompts[place] for place in part])
+
+    def _read(self, prompts: Sequence[Row]) -> None:
         hidden, state = backbone.run(self.model, prompts, keep_cache=True)
         assert state is not None
         here = slice(self.used_places, self.used_places + len(prompts))

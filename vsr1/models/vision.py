@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from types import MethodType
@@ -38,6 +38,11 @@ class VideoSettings:
     max_frames: int = 64
     min_pixels: int = 128 * 32 * 32
     max_pixels: int = 256 * 32 * 32
+
+    def limited(self, pixels: int) -> VideoSettings:
+        """The same with frames of at most so many pixels (0: as they are)."""
+        most = min(self.max_pixels, pixels or self.max_pixels)
+        return replace(self, min_pixels=min(self.min_pixels, most), max_pixels=most)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vsr1.data.rows import SftRow
 from vsr1.errors import ConfigError
 from vsr1.models.backbone import Row
 from vsr1.models.policy import Policy
+from vsr1.train import parallel
 from vsr1.train.library import Shelf
 from vsr1.train.sft import Example, SftTraining, reply_tokens
 
@@ -74,11 +75,12 @@ class Annotated:
         self.shelf.expect([row.shown for row in self._drawn[index]])
 
     def ask(self, index: int) -> list[SftRow]:
-        """The rows of step `index` of the file."""
+        """The rows of the file that are this process' share of step `index`."""
         batch = self.settings.batch
         places = range(index * batch, (index + 1) * batch)
         orders = {epoch: self._order(epoch) for epoch in {place // len(self.rows) for place in places}}
-        return [self.rows[orders[place // len(self.rows)][place % len(self.rows)]] for place in places]
+        asked = [self.rows[orders[place // len(self.rows)][place % len(self.rows)]] for place in places]
+        return parallel.share(asked)
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((self.seed, 5, epoch)).permutation(len(self.rows))

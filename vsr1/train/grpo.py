@@ -65,8 +65,8 @@ class GrpoTraining:
     sigma: exploration of the soft tokens, in units of their coordinates. beta, latent_beta: weights of the KL to the policy it
     starts from, of the text and of the soft tokens (which otherwise drift while the text learns). latent_weight: of the soft
     tokens' policy gradient; contrast_weight: of their InfoNCE; distillation_weight: of what keeps them close to the meaning of
-    the query. temperature: of the softmax over the corpus in InfoNCE and in the retrieval reward. pack_tokens: most tokens that
-    one forward and backward pass holds.
+    the query. temperature: of the softmax over the corpus in InfoNCE and in the retrieval reward. rows: replies that the own
+    engine has under way at once; pack_tokens: most tokens that one pass holds, of prompts that are read or of what is learned.
     """
 
     optimisation: Optimisation = field(
@@ -102,6 +102,7 @@ class GrpoTraining:
     contrast_weight: float = 0.3
     distillation_weight: float = 1.0
     temperature: float = 0.05
+    rows: int = 128
     pack_tokens: int = 16384
     rewards: dict[str, float] = field(
         default_factory=lambda: {
@@ -147,7 +148,7 @@ def train_grpo(
     (n, E) of a text that the soft tokens of this query should stand for."""
     tuner = lora.adapt(policy, settings.lora_rank) if settings.lora_rank else None
     reference = frozen_copy(policy) if tuner is None else lora.without(policy, tuner)
-    speaker: Speaker = OwnSpeaker()
+    speaker: Speaker = OwnSpeaker(settings.rows, settings.pack_tokens)
     if settings.speaker == "vllm":
         speaker = VllmSpeaker(settings.vllm_url, weights=settings.vllm_weights)
     learning = Learning(policy, reference, embedder, shelf, settings, meanings or {})

@@ -152,8 +152,6 @@ def _update(
 ) -> dict[str, float]:
     """Differentiate the parts of a loss and, if there were any, update all weights. Returns the numbers to log, with the loss
     and the length of its gradient; with several processes, means of theirs."""
-    for optimizer in used:
-        optimizer.zero_grad(set_to_none=True)
     parts = []
     for part in [loss] if isinstance(loss, Tensor) else loss or ():
         part.backward()
@@ -170,4 +168,5 @@ def _update(
             raise Vsr1Error(f"{where}: the {name} is {numbers[name]}; lower the learning rate")
     for optimizer in used:
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # now: what comes before the next loss needs the room
     return numbers

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vsr1.agent.generate import soft_tokens
+from vsr1.errors import ConfigError
 from vsr1.models import backbone
 from vsr1.models.backbone import Row
 from vsr1.models.embedder import Embedder
@@ -78,7 +79,7 @@ class Source(Protocol):
     """Where the rows of the steps come from; what a step holds depends on its number alone."""
 
     def draw(self, index: int) -> Sequence[Any]:
-        """The rows of step `index`, `Example`s."""
+        """The rows of step `index`, `Example`s; where processes share steps, the rows of this one."""
 
     def expect(self, index: int) -> None:
         """Step `index` is the next one: have its videos decoded meanwhile."""
@@ -109,12 +110,15 @@ def reply_tokens(policy: Policy, text: str, settings: SftTraining) -> tuple[tupl
 def train_sft(
     policy: Policy, embedder: Embedder, source: Source, shelf: Shelf, settings: SftTraining, keeper: Keeper
 ) -> None:
-    """Train `policy` (its vision tower stays frozen); `shelf` is the corpus of all training videos."""
+    """Train `policy` (its vision tower stays frozen); `shelf` is the corpus of all training videos. ConfigError if there are
+    more processes than rows a step."""
+    if settings.batch < parallel.size():
+        raise ConfigError(f"sft.batch is {settings.batch}, and {parallel.size()} processes share it: give each a row")
     stage = _Stage(policy, embedder, source, shelf, settings)
     total = settings.optimisation.steps
 
     def step(index: int) -> StepResult:
-        drawn = parallel.share(source.draw(index))
+        drawn = source.draw(index)
         if index + 1 < total:
             source.expect(index + 1)
         numbers: dict[str, float] = {}
@@ -157,7 +161,7 @@ class _Stage:
         counts = sum(sum(one.weights) for one in drawn), len(refined), len(clear)
         totals = _Totals(*(parallel.per_process(count) for count in counts))
         sums: dict[str, float] = {}
-        for part in _parts(drawn, self.settings.pack_tokens):
+        for part in backbone.parts([one.row for one in drawn], self.settings.pack_tokens):
             inside = [place - part.start for place in refined if place in part]
             unique = [row for row, place in enumerate(p for p in refined if p in part) if place in clear]
             loss, found = self._loss([drawn[place] for place in part], inside, unique, totals)
@@ -209,19 +213,6 @@ class _Stage:
         against = matrix.rows[torch.cat([positive[:, None], others], 1)].to(refined.dtype)
         logits = (against @ refined[:, :, None])[..., 0] / settings.temperature
         return -logits.log_softmax(-1)[:, 0].mean()
-
-
-def _parts(drawn: Sequence[Example], most: int) -> Iterator[range]:
-    """Neighbouring rows whose padded tokens are at most `most`; a longer row is a part of its own."""
-    if not drawn:
-        return
-    begin, longest = 0, 0
-    for place, one in enumerate(drawn):
-        longest = max(longest, len(one.row))
-        if place > begin and longest * (place + 1 - begin) > most:
-            yield range(begin, place)
-            begin, longest = place, len(one.row)
-    yield range(begin, len(drawn))
 
 
 def trainable(policy: Policy, head_learning_rate: float, *, adapters: bool = False) -> list[dict[str, Any]]:

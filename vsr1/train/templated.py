@@ -26,6 +26,7 @@ from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.models.vision import VideoFeatures
 from vsr1.ops.corpus_scan import scan
+from vsr1.train import parallel
 from vsr1.train.library import Shelf
 from vsr1.train.sft import Example, SftTraining, reply_tokens
 
@@ -104,7 +105,7 @@ class Templates:
         return canonical_embeddings(self.embedder, [one.attributes for one in examples])
 
     def ask(self, index: int) -> Questions:
-        """The questions of step `index`."""
+        """This process' share of the questions of step `index`."""
         settings, names = self.settings, self.shelf.video_ids
         rng, words = np.random.default_rng((self.seed, 3, index)), Random(f"{self.seed} sft {index}")
         pick = rng.choice(len(self.events), min(settings.batch, len(self.events)), replace=False)
@@ -120,7 +121,7 @@ class Templates:
         ).ids.tolist()
         depths = rng.exponential(settings.confusions / 4, len(nearest))
         shown += [names[near[min(int(depth), len(near) - 1)]] for near, depth in zip(nearest, depths, strict=True)]
-        return Questions(asked, texts, shown)
+        return Questions(parallel.share(asked), parallel.share(texts), parallel.share(shown))
 
 
 def _key(attributes: dict[str, str]) -> tuple[str, ...]:
