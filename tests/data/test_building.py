@@ -299,6 +299,25 @@ def test_another_embedder_needs_force_and_then_everything_follows(out: Path, bui
     assert set(states(build()).values()) == {"stands"}
 
 
+def test_a_changed_video_is_embedded_again_and_what_was_made_from_it_follows(
+    out: Path, build: Build, root: Path
+) -> None:
+    video = root / "videos" / "v0.mp4"
+    whole = video.read_bytes()
+    try:
+        encode(video, np.zeros((12, 64, 64, 3), dtype=np.uint8), fps=4.0)
+        outcomes = build()
+    finally:
+        video.write_bytes(whole)
+    assert outcomes["corpus/train"].counts["embedded now"] == 1
+    assert {name for name in ("negatives", "pool", "grpo") if outcomes[name].state == "made"} == {
+        "negatives",
+        "pool",
+        "grpo",
+    }
+    assert outcomes["queries/train"].state == "stands"
+
+
 def test_embedding_queries_goes_on_where_it_was_stopped(
     out: Path, build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
