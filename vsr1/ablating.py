@@ -45,7 +45,7 @@ def run(arguments: Namespace) -> None:
     opened = reopened(folder).opened()
     if arguments.stage not in (None, *opened.stages):
         raise ConfigError(f"'{folder}' has no stage '{arguments.stage}'; it has {', '.join(opened.stages)}")
-    moments, console = opened.moments[: arguments.queries], Console(width=110)
+    moments, console = opened.moments[: arguments.queries], Console(width=130)
     settings = replace(opened.settings, resamples=arguments.resamples)
     head: Json = {
         "seed": opened.seed,
