@@ -38,6 +38,9 @@ class DatasetJob(Job):
         super().__init__(config, monitor, device)
         self.data = dataset(config.dataset)
         self.layout = Layout(config.root)
+        watched = self.data.validation
+        there = watched and all(path(watched).exists() for path in (self.layout.annotations, self.layout.corpus))
+        self.watched = watched if there else None  # the split that training is watched on, if there is one to use
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
             config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32
         )
@@ -51,7 +54,7 @@ class DatasetJob(Job):
             for path in (
                 self.layout.annotations(self.data.train),
                 self.layout.annotations(self.data.test),
-                *(self.layout.corpus(split) for split in self.data.splits),
+                *(self.layout.corpus(split) for split in self._splits()),
                 self.layout.sft,
             )
             if not path.exists()
@@ -62,11 +65,14 @@ class DatasetJob(Job):
                 f"make them with `vsr1 data build {self.data.name} --root {self.config.root}` (or `vsr1 data import`)"
             )
         embedder = self.embedder()
-        for split in self.data.splits:
+        for split in self._splits():
             count = len(Corpus.open(self.layout.corpus(split), embedder.identity))
             self.monitor.say(f"{split}: {count} videos")
         train, kept, test = (len(self.moments(name)) for name in _ASKED)
         self.monitor.say(f"{train} queries to train on, {kept} held out, {test} to be tested")
+
+    def _splits(self) -> list[str]:
+        return [self.data.train, *([self.watched] if self.watched else []), self.data.test]
 
     def embedder(self) -> Embedder:
         if self._embedder is None:
@@ -100,8 +106,8 @@ class DatasetJob(Job):
         split = self.data.train
         if name == "test":
             split = self.data.test
-        elif name == "validation" and self.data.validation:
-            split = self.data.validation
+        elif name == "validation" and self.watched:
+            split = self.watched
         return Shelf(Corpus.open(self.layout.corpus(split), embedder.identity), policy.videos)
 
     def moments(self, name: Shelves) -> list[Moment]:
@@ -109,8 +115,8 @@ class DatasetJob(Job):
             return self._moments[name]
         if name == "test":
             found = self._annotated(self.data.test)
-        elif name == "validation" and self.data.validation:
-            found = self._annotated(self.data.validation)
+        elif name == "validation" and self.watched:
+            found = self._annotated(self.watched)
         else:
             kept = self._held_out()
             inside = name == "validation"
@@ -141,7 +147,7 @@ class DatasetJob(Job):
     def _held_out(self) -> set[str]:
         """Training videos kept out of training: enough for `hold_out` queries, at most a tenth; none where the data set has a
         split for it. Which they are depends on their names alone."""
-        if self.data.validation:
+        if self.watched:
             return set()
         moments = self._training()
         wanted = min(self.config.hold_out, len(moments) // 10)

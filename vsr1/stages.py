@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -264,25 +264,32 @@ class Job(ABC):
 
     def _evaluate(self, embedder: Embedder) -> None:
         moments = self.moments("test")[: self.config.evaluation.queries or None]
-        found: dict[str, Evaluation] = {}
-        for stage in POLICIES:
-            policy = self.policy(stage, embedder)
-            shelf = self.shelf("test", embedder, policy)
-            with self.monitor.phase(f"evaluate {stage}", len(moments)) as phase:
-                settings, seed = self.config.evaluation, self.config.seed
-                found[stage] = evaluate(policy, embedder, shelf, moments, settings, seed, progress=phase.update)
+        found = {stage: self._evaluated(stage, embedder, moments) for stage in POLICIES}
+        baselines = {"zero-shot": self._zero_shot(embedder, moments), "fine-tuned one-shot": found["sft"].baseline}
+        self._write(found, baselines, len(moments))
+
+    # Each of these two holds one policy, and lets it go: a GPU may have no room for two.
+    def _evaluated(self, stage: str, embedder: Embedder, moments: Sequence[Moment]) -> Evaluation:
+        policy, settings, seed = self.policy(stage, embedder), self.config.evaluation, self.config.seed
+        shelf = self.shelf("test", embedder, policy)
+        with self.monitor.phase(f"evaluate {stage}", len(moments)) as phase:
+            return evaluate(policy, embedder, shelf, moments, settings, seed, progress=phase.update)
+
+    def _zero_shot(self, embedder: Embedder, moments: Sequence[Moment]) -> dict[str, Any]:
+        base, settings, seed = (
+            self.start(embedder).eval().requires_grad_(False),
+            self.config.evaluation,
+            self.config.seed,
+        )
+        shelf = self.shelf("test", embedder, base)
         with self.monitor.phase("evaluate zero-shot", len(moments)) as phase:
-            base = self.start(embedder).eval().requires_grad_(False)
-            shelf, settings, seed = self.shelf("test", embedder, base), self.config.evaluation, self.config.seed
 
             def tell(_: str, done: int, total: int) -> None:
                 phase.update(done)
 
-            zero_shot = baseline(Ablations(base, embedder, shelf, moments, settings, seed, progress=tell))
-        baselines = {"zero-shot": zero_shot, "fine-tuned one-shot": found["sft"].baseline}
-        self._write(found, baselines, len(moments), len(shelf.video_ids))
+            return baseline(Ablations(base, embedder, shelf, moments, settings, seed, progress=tell))
 
-    def _write(self, found: dict[str, Evaluation], baselines: dict[str, Any], queries: int, corpus_size: int) -> None:
+    def _write(self, found: dict[str, Evaluation], baselines: dict[str, Any], queries: int) -> None:
         difference = metrics.difference(found["sft"].trajectories, found["grpo"].trajectories)
         both = [query for query in found["sft"].found if query in found["grpo"].found]
         now, before = ([found[stage].found[query] for query in both] for stage in ("grpo", "sft"))
@@ -291,7 +298,7 @@ class Job(ABC):
             "seed": self.config.seed,
             **self.facts(),
             "queries": queries,
-            "corpus_size": corpus_size,
+            "corpus_size": found["grpo"].corpus_size,
             "stages_seconds": self._spent("eval"),
             **{stage: evaluation.figures for stage, evaluation in found.items()},
             "baselines": baselines,

@@ -139,3 +139,30 @@ def test_settings_of_a_data_set_survive_the_disk(run: Path, layout: Layout) -> N
     values = yaml.safe_load((run / "config.yaml").read_text())
     assert values["root"] == str(layout.root) and values["max_steps"] == 2
     assert load(run / "config.yaml").sft.batch == 4
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_validation_split_is_watched_where_there_is_one(
+    layout: Layout, models: Path, tmp_path: Path, world: World, there: bool
+) -> None:
+    root = tmp_path / "data"
+    root.mkdir()
+    for path in layout.root.iterdir():
+        (root / path.name).symlink_to(path)
+    if there:  # the test split under another name
+        (root / "val.jsonl").symlink_to(layout.annotations("test"))
+        (root / "val").symlink_to(layout.root / "test")
+    given = flags(Layout(root), models, tmp_path / "run")
+    given[given.index("charades")] = "didemo"
+    with Monitor(tmp_path) as monitor:
+        job = DatasetJob(cli.parse_train(given[1:]), monitor, torch.device("cpu"))
+        job.run_data()
+        kept, trained = job.moments("validation"), job.moments("grpo")
+        ids = job.shelf("validation", job.embedder(), job.start(job.embedder())).video_ids
+    asked = datasets.moments(world, "train")
+    if there:
+        assert kept == job.moments("test") and len(trained) == len(asked)
+        assert set(ids) == {one.video_id for one in kept}
+    else:
+        assert len(kept) > 0 and len(kept) + len(trained) == len(asked)
+        assert set(ids) == {one.video_id for one in asked}

@@ -23,12 +23,14 @@ from vsr1.records import Moment, Trajectory
 @dataclass(frozen=True)
 class Evaluation:
     """The method's trajectories and the figures drawn from them, in the shape `eval.json` stores; found: by query id, whether
-    the right video leads the method's last ranking once the rejected ones have left it. baseline: the policy in one shot."""
+    the right video leads the method's last ranking once the rejected ones have left it. baseline: the policy in one
+    shot; corpus_size: videos that were searched."""
 
     trajectories: list[Trajectory]
     figures: dict[str, Any]
     found: dict[str, float]
     baseline: dict[str, Any]
+    corpus_size: int
 
 
 def evaluate(
@@ -64,4 +66,4 @@ def evaluate(
     values = work.values(METHOD)
     leads = zip((one.query_id for one in moments), values["R@1"].tolist(), values["failed"].tolist(), strict=True)
     found = {query_id: lead for query_id, lead, failed in leads if not failed}
-    return Evaluation(trajectories, figures, found, ablations.baseline(work))
+    return Evaluation(trajectories, figures, found, ablations.baseline(work), len(corpus.video_ids))
