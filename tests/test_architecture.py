@@ -30,7 +30,18 @@ FLOORS = {
     "eval": 5,
 }
 # The top floor is one room: the modules people start, and what they share.
-COMMANDS = {"cli", "command", "indexing", "evaluating", "ablating", "datasets", "planning", "importing", "building"}
+COMMANDS = {
+    "cli",
+    "command",
+    "indexing",
+    "evaluating",
+    "ablating",
+    "measuring",
+    "datasets",
+    "planning",
+    "importing",
+    "building",
+}
 RUNS = {"config", "presets", "stages", "job", "world_job", "dataset_job", "engine"}
 TOP = COMMANDS | RUNS | {"serve", "doctor", "__main__", "__init__"}
 

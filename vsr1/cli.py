@@ -161,10 +161,11 @@ def index(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """`vsr1 eval`: figures of results that are there."""
-    from vsr1 import evaluating
+    """`vsr1 eval`: figures of results that are there, or of a policy on a data set."""
+    from vsr1 import evaluating, measuring
 
-    return evaluating.main(argv)
+    given = any(one == "--policy" or one.startswith("--policy=") for one in argv)
+    return (measuring if given else evaluating).main(argv)
 
 
 def doctor(argv: Sequence[str]) -> int:

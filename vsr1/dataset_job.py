@@ -49,27 +49,23 @@ class DatasetJob(Job):
 
     def run_data(self) -> None:
         """See that everything is there before hours are spent, and say what there is."""
-        missing = [
-            path
-            for path in (
-                self.layout.annotations(self.data.train),
-                self.layout.annotations(self.data.test),
-                *(self.layout.corpus(split) for split in self._splits()),
-                self.layout.sft,
-            )
-            if not path.exists()
-        ]
-        if missing:
-            raise ConfigError(
-                f"data set '{self.data.name}' below '{self.config.root}' lacks {', '.join(map(repr, map(str, missing)))}; "
-                f"make them with `vsr1 data build {self.data.name} --root {self.config.root}` (or `vsr1 data import`)"
-            )
+        corpora = [self.layout.corpus(split) for split in self._splits()]
+        annotations = [self.layout.annotations(split) for split in (self.data.train, self.data.test)]
+        self.need(*annotations, *corpora, self.layout.sft)
         embedder = self.embedder()
         for split in self._splits():
             count = len(Corpus.open(self.layout.corpus(split), embedder.identity))
             self.monitor.say(f"{split}: {count} videos")
         train, kept, test = (len(self.moments(name)) for name in _ASKED)
         self.monitor.say(f"{train} queries to train on, {kept} held out, {test} to be tested")
+
+    def need(self, *paths: Path) -> None:
+        """ConfigError that names the parts of the data set that are not there."""
+        if missing := [path for path in paths if not path.exists()]:
+            raise ConfigError(
+                f"data set '{self.data.name}' below '{self.config.root}' lacks {', '.join(map(repr, map(str, missing)))}; "
+                f"make them with `vsr1 data build {self.data.name} --root {self.config.root}` (or `vsr1 data import`)"
+            )
 
     def _splits(self) -> list[str]:
         return [self.data.train, *([self.watched] if self.watched else []), self.data.test]
@@ -88,6 +84,12 @@ class DatasetJob(Job):
             "embedder_size": embedder.model.config.text_config.hidden_size,
             "system": protocol_text(self.config.protocol_from or self.layout.sft),
         }
+        policy = Policy.from_pretrained(self.config.policy, settings=settings, dtype=self.dtype)
+        return self._ready(policy).to(self.device)
+
+    def given(self) -> Policy:
+        """The policy as its folder says, asked in its own words or in those of `protocol_from`."""
+        settings = {"system": protocol_text(self.config.protocol_from)} if self.config.protocol_from else None
         policy = Policy.from_pretrained(self.config.policy, settings=settings, dtype=self.dtype)
         return self._ready(policy).to(self.device)
 

@@ -60,6 +60,7 @@ def _parse(argv: Sequence[str]) -> Namespace:
     parser = Parser(
         prog="vsr1 eval",
         description="All figures of some results, with 95 %% bootstrap intervals; of two results, the paired differences.",
+        epilog="vsr1 eval ROOT --policy P --run FOLDER runs a policy on a data set first (vsr1 eval --policy P --help)",
     )
     parser.add_argument("results", type=Path, help="a run folder, a jsonl of results, or TVR's prediction file")
     parser.add_argument("other", type=Path, nargs="?", help="what to compare with: its figures minus those of RESULTS")

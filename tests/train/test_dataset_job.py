@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import yaml
 
 from tests.train import datasets
 from vsr1 import cli
+from vsr1.agent import protocol
 from vsr1.config import DatasetConfig, load
 from vsr1.data.layout import Layout
 from vsr1.data.world import World
@@ -166,3 +168,69 @@ def test_a_validation_split_is_watched_where_there_is_one(
     else:
         assert len(kept) > 0 and len(kept) + len(trained) == len(asked)
         assert set(ids) == {one.video_id for one in asked}
+
+
+def measure(layout: Layout, models: Path, run: Path, *more: str) -> int:
+    given = ["--policy", str(models / "policy"), "--embedder", str(models / "embedder"), "--max-tokens", "16"]
+    return cli.main(["eval", str(layout.root), *given, "--run", str(run), *more])
+
+
+def test_a_policy_is_measured_without_training(
+    layout: Layout, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert measure(layout, models, tmp_path / "own", "--turns", "2") == 0
+    assert measure(layout, models, tmp_path / "public", "--turns", "2", "--compat", "public", "--queries", "3") == 0
+    own, public = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("own", "public"))
+    assert (own["dataset"], own["queries"], own["given"]["queries"], own["corpus_size"]) == ("charades", 4, 4, 4)
+    assert (own["loop"]["exclude"], public["loop"]["exclude"]) == (True, False)
+    assert (own["loop"]["turns"], public["queries"]) == (2, 3)
+    shown = [
+        [turn["video_id"] for turn in json.loads(line)["turns"]]
+        for line in (tmp_path / "own" / "trajectories.jsonl").read_text().splitlines()
+    ]
+    assert all(len(set(ids)) == len(ids) for ids in shown)
+    page = (tmp_path / "own" / "report.html").read_text()
+    assert "no training here" in page and "published" in page
+    capsys.readouterr()
+    assert cli.main(["eval", str(tmp_path / "own")]) == 0
+    assert "4 queries, 0 failed" in capsys.readouterr().out
+    assert measure(layout, models, tmp_path / "own") == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_a_released_checkpoint_brings_its_embedder(
+    layout: Layout, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = tmp_path / "released"
+    Policy.from_pretrained(models / "policy").save_pretrained(
+        released, layout="public", embedder=Embedder.from_pretrained(models / "embedder")
+    )
+    asked: list[str] = []
+    plain = protocol.prompt
+
+    def heard(*given: Any, **options: Any) -> Any:
+        asked.append(options["system"])
+        return plain(*given, **options)
+
+    monkeypatch.setattr(protocol, "prompt", heard)
+    flags = ["--policy", str(released), "--run", str(tmp_path / "run"), "--max-tokens", "8", "--turns", "1"]
+    assert cli.main(["eval", str(layout.root), *flags, "--protocol-from", str(layout.sft)]) == 0
+    assert set(asked) == {datasets.SYSTEM}
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["embedder"] == str(released)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--turns", "0"], "--turns must be at least 1"),
+        (["--compat", "private"], "invalid choice"),
+        (["--preset", "msrvtt"], "known are charades"),
+        (["--memory", "7"], "one of 24, 48, 80"),
+    ],
+)
+def test_mistakes_of_measuring_are_one_line(
+    layout: Layout, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    assert measure(layout, models, tmp_path / "run", *more) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

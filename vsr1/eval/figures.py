@@ -26,14 +26,14 @@ from vsr1.eval.calibration import Bin
 
 # What is drawn in one of these colours takes the page's variable instead, see `_svg`.
 INK, MUTED, GRID, AXIS = "#1f2430", "#667085", "#e6e8ec", "#c9ced6"
-COLOURS = {"sft": "#2f6db5", "grpo": "#d3722c"}  # told apart by every common colour vision
+COLOURS = {"sft": "#2f6db5", "grpo": "#d3722c", "given": "#2f6db5"}  # told apart by every common colour vision
 CONTROL = "#b3bac5"
 GAIN, LOSS = "#2e8b62", "#b3372f"
 VARIABLES = {
     INK: "ink", MUTED: "muted", GRID: "grid", AXIS: "axis", COLOURS["sft"]: "sft", COLOURS["grpo"]: "grpo",
     CONTROL: "control", GAIN: "gain", LOSS: "loss",
 }  # fmt: skip
-STAGE_NAMES = {"sft": "SFT", "grpo": "GRPO"}
+STAGE_NAMES = {"sft": "SFT", "grpo": "GRPO", "given": "no training here"}
 LABEL_POINTS = 12.0  # from one label to the next
 WIDTH, HALF = 9.6, 4.6  # inches of a figure across the page, and of one of two side by side; the page scales both
 MOST_POINTS = 1500  # dots of a scatter plot, and steps of a curve, that a page is asked to draw

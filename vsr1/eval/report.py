@@ -49,7 +49,9 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
 
     stages = {stage: evaluation[stage] for stage in STAGE_NAMES if evaluation.get(stage)}
     if found["eval.json"] and not stages and not evaluation.get("baselines"):
-        raise ConfigError(f"'{run_folder / 'eval.json'}' holds neither 'sft' nor 'grpo': evaluate the run first")
+        raise ConfigError(
+            f"'{run_folder / 'eval.json'}' holds none of {', '.join(STAGE_NAMES)}: evaluate the run first"
+        )
     missing = [name for name in PARTS if not found[name]]
     sections = [
         tables.tiles(stages) if stages else "",
