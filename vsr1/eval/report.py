@@ -126,7 +126,9 @@ def _warned(evaluation: Json, warnings: list[str]) -> str:
     """What a reader has to know of all figures."""
     queries = evaluation.get("queries")
     if queries is not None and queries < _FEW:
-        few = f"{queries} queries are few: resampling them makes intervals too narrow, and none where all of them agree."
+        few = (
+            f"{queries} queries are few: resampling them makes intervals too narrow, and none where all of them agree."
+        )
         warnings = [few, *warnings]
     return "".join(f'<p class="warning">{escape(one)}</p>' for one in warnings)
 

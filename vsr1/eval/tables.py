@@ -139,12 +139,14 @@ def _comparable(evaluation: Json, benchmark: published.Benchmark | None) -> str:
         elif found != whole:
             reasons.append(f"these have {found:,} {what} and not {whole:,}")
     if failed := max((group(evaluation, stage).get("failed") or 0 for stage in STAGE_NAMES), default=0):
-        reasons.append(f"{failed:,} queries failed and are left out here, and count as misses there")
+        reasons.append(f"{failed:,} queries failed and are left out")
     said = f"Published rows are over the whole test split of {benchmark.title}"
     if reasons:
         return f'<p class="warning">{escape(said)}; {escape(", ".join(reasons))}. The differences are not like for like.</p>'
     if unknown:
-        return f'<p class="warning">{escape(said)}. Not known here: its number of {escape(" and of ".join(unknown))}.</p>'
+        return (
+            f'<p class="warning">{escape(said)}. Not known here: its number of {escape(" and of ".join(unknown))}.</p>'
+        )
     return note(f"{escape(said)}, as ours are: as many queries and videos.")
 
 
