@@ -73,7 +73,7 @@ def ablations(stages: Stages) -> str:
         note(
             "Only queries whose first video was rejected get a second search, and any other video shown there can "
             "gain: a rise of R@1 proves nothing by itself. What refinement earns is its distance to <b>exclusion "
-            f"only</b>, the next video of the first ranking.{_about_controls(names)}{_over({stage: stages[stage] for stage in tested})}"
+            f"only</b>, the next video of the first ranking.{_about_controls(names)}{_over(stages, 'ablations')}"
         ),
         _gain(stages),
         figure(
@@ -95,10 +95,10 @@ def _about_controls(names: Sequence[str]) -> str:
     return "".join(f" {meaning}" for name, meaning in meanings.items() if name in names)
 
 
-def _over(stages: Mapping[str, Any]) -> str:
-    """Over which queries the conditions of these stages are, where these are not all that the stage was evaluated on."""
+def _over(stages: Stages, shown: str) -> str:
+    """Over which queries these figures of each stage are, where they are not all that it was evaluated on."""
     said = []
-    for stage, one in stages.items():
+    for stage, one in ((stage, one) for stage, one in stages.items() if one.get(shown)):
         measured, queries = group(one, "compared").get("measured"), one.get("queries")
         if measured is not None and measured != queries:
             whole = "" if queries is None else f" of {queries:,}"
@@ -167,7 +167,7 @@ def soft_tokens(stages: Stages) -> str:
             "Only the first n soft tokens of a refinement are inserted; n = 0 is the plain query. <b>R@1 over the whole "
             "corpus</b> is that of the first refinement alone, the others are of the whole loop, every refinement of it "
             "shortened. A line that rises steadily says that later tokens add something; bands are 95 % intervals of each "
-            f"point alone.{_over({stage: one for stage, one in stages.items() if one.get('by_soft_tokens')})}",
+            f"point alone.{_over(stages, 'by_soft_tokens')}",
             _numbers({**panels, **_lines(stages, "by_soft_tokens", "tokens", others)}, "soft tokens"),
         ),
     )
@@ -237,7 +237,7 @@ def refinements(stages: Stages) -> str:
             "The same loop with refinement by soft tokens, and with the policy's own words behind the query: tokens made for a "
             "refinement; R@1 of the last query, rejected videos excluded; seconds from the query and the rejected video to the "
             "new query's vector, the mean of at most four batches. Thin lines are 95 % intervals; those of so few batches only "
-            f"say how steady the machine was.{_over({stage: one for stage, one in stages.items() if one.get('refinements')})}",
+            f"say how steady the machine was.{_over(stages, 'refinements')}",
             numbers,
         ),
     )

@@ -116,9 +116,9 @@ def _about_baselines(baselines: Mapping[str, Any]) -> str:
 def _about_published() -> str:
     return (
         f" <b>Published</b>: {escape(published.SOURCE)}; points are ours minus published, grey where the published figure "
-        "lies inside our interval, or ours has none. <b>VER, public</b>: the public code's own count, which holds the last answer against "
-        "the ranking after the last refinement and leaves unreadable answers out. Which count was published is not "
-        "known here, so the published figure stands beside both."
+        "lies inside our interval, or ours has none. <b>VER, public</b>: the public code's own count, which holds the last "
+        "answer against the ranking after the last refinement and leaves unreadable answers out. Which count was published "
+        "is not known here, so the published figure stands beside both."
     )
 
 
