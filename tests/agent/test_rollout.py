@@ -200,8 +200,9 @@ def test_a_control_of_the_video_says_the_same_words(policy, embedder, corpus, mo
         assert turn.actions is None or not torch.equal(turn.actions, changed.actions)
 
 
-def test_another_video_is_another_one(policy, embedder, corpus, moments, asked):
-    """Where all are shown the same video, and where one query is alone, the other video is an empty one."""
+def test_another_video_is_another_one(policy, embedder, corpus, moments, says):
+    """Where all are shown the same video, as where one query is alone, the other video is an empty one."""
+    says(lambda query, number: REJECT)
 
     def run(how, queries, first):
         settings = LoopSettings(turns=1, sampling=SHORT, refinement=how)
