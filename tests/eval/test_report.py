@@ -53,6 +53,11 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
     assert "<title>tiny &lt;1&gt;" in page
 
 
+def test_lines_of_facts_and_links_can_break(page: str) -> None:
+    assert page.count("</span> <span>") == 4
+    assert "</a><a" not in page
+
+
 def keep(folder: Path, *names: str) -> None:
     """Leave in eval.json only these figures of the first stage, so that no others are drawn."""
     result = json.loads((folder / "eval.json").read_text())
