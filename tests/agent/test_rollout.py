@@ -200,6 +200,21 @@ def test_a_control_of_the_video_says_the_same_words(policy, embedder, corpus, mo
         assert turn.actions is None or not torch.equal(turn.actions, changed.actions)
 
 
+def test_another_video_is_another_one(policy, embedder, corpus, moments, says):
+    """Where all are shown the same video, as where one query is alone, the other video is an empty one."""
+    says(lambda query, number: REJECT)
+
+    def run(how, queries, first):
+        settings = LoopSettings(turns=1, sampling=SHORT, refinement=how)
+        found = rollout.run(policy, embedder, corpus, queries, settings=settings, first=first)
+        return [one.turns[0].actions for one in found]
+
+    same = moments[:3], ["v5"] * 3
+    assert all(map(torch.equal, run("shuffled", *same), run("blank", *same)))
+    mixed = moments[:3], ["v5", "v5", "v4"]
+    assert not any(map(torch.equal, run("shuffled", *mixed), run("blank", *mixed)))
+
+
 def test_equal_seeds_repeat_a_run_and_other_seeds_do_not(policy, embedder, corpus, moments):
     def run(seed):
         sampling = Sampling(temperature=1.0, max_tokens=6, seed=seed)

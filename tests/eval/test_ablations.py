@@ -19,8 +19,18 @@ from vsr1.agent import rollout, verdict
 from vsr1.agent.generate import Said
 from vsr1.agent.rollout import LoopSettings
 from vsr1.agent.speech import Spoken
-from vsr1.eval import ablations, metrics, outcomes
-from vsr1.eval.ablations import CONDITIONS, IN_WORDS, METHOD, ONE_SHOT, WITHOUT, Ablations, EvaluationSettings, Opened
+from vsr1.eval import ablations, metrics, outcomes, refinements
+from vsr1.eval.ablations import (
+    ACCUMULATED,
+    CONDITIONS,
+    IN_WORDS,
+    METHOD,
+    ONE_SHOT,
+    WITHOUT,
+    Ablations,
+    EvaluationSettings,
+    Opened,
+)
 from vsr1.models.policy import Policy
 
 SETTINGS = EvaluationSettings(turns=3, max_tokens=24, resamples=20)
@@ -103,7 +113,8 @@ def test_every_condition_is_its_own_loop(begin, policy, embedder, corpus, moment
                 (one["gain"]["vcmr"]["0.5"], method["vcmr"]["0.5"], one["vcmr"]["0.5"]),
             ):
                 assert gain["value"] == pytest.approx(ours["value"] - theirs["value"])
-    assert set(found["refinement_gain"]) == set(CONDITIONS) - {METHOD, ONE_SHOT}
+    assert set(found["refinement_gain"]) == set(CONDITIONS) - {METHOD, ONE_SHOT, ACCUMULATED}
+    assert {name for name, one in found["ablations"].items() if "R@1 wrong" not in one} == {ONE_SHOT}
 
 
 def test_fewer_soft_tokens_through_the_whole_loop(begin, policy, embedder, corpus, moments):
@@ -120,6 +131,32 @@ def test_fewer_soft_tokens_through_the_whole_loop(begin, policy, embedder, corpu
         assert point["vcmr"]["0.5"]["value"] == metrics.vcmr(alone)["0.5"]
         once = rollout.run(policy, embedder, corpus, moments, settings=replace(settings, turns=1))
         assert point["R@1"]["value"] == metrics.retrieval(once)["R@1"]
+
+
+def test_only_the_first_soft_tokens_of_the_first_refinement_are_inserted(begin, policy, embedder, moments, monkeypatch):
+    """An embedder that finds the right video with three soft tokens, and not with fewer: tiny ones hardly move a query."""
+    work = begin()
+    refined = [one for one in work.method() if one.turns[0].actions is not None]
+    texts = [one.moment.text for one in refined]
+    assert refined and all(one.turns[0].actions.shape[0] == 4 for one in refined)
+    inserted = []
+
+    def embed_texts(asked, soft):
+        assert asked == texts
+        inserted.append(soft)
+        right = torch.tensor([work.rows[one.moment.video_id] for one in refined])
+        return work.matrix.rows[right if soft.shape[1] >= 3 else (right + 1) % len(work.rows)].float()
+
+    monkeypatch.setattr(embedder, "embed_texts", embed_texts)
+    found = refinements.first(policy, embedder, work.matrix, work.rows, work.method())
+    place = [work.method().index(one) for one in refined]
+    assert {count: values[place].tolist() for count, values in found.items()} == {
+        "0": [float(one.turns[0].rank == 1) for one in refined],
+        **{count: [float(count in "34")] * len(refined) for count in "1234"},
+    }
+    whole = policy.head.soft_tokens(torch.stack([one.turns[0].actions for one in refined]))
+    for count, soft in enumerate(inserted, start=1):
+        torch.testing.assert_close(soft, whole[:, :count])
 
 
 def test_many_queries_run_the_loop_for_powers_of_two_only(begin, policy, moments):
@@ -162,6 +199,7 @@ def test_a_query_that_failed_in_one_condition_is_left_out_of_all(begin, moments)
     rocchio, method = work.values("rocchio"), work.values(METHOD)
     rocchio["failed"][2] = 1.0
     found = ablations.figures(work, ["rocchio"])
+    assert found["compared"] == {"queries": len(moments), "measured": len(moments) - 1}
     kept = [index for index in range(len(moments)) if index != 2]
     assert found["ablations"][METHOD]["R@1"]["value"] == method["R@1"][kept].mean()
     assert found["ablations"]["rocchio"]["R@1"]["value"] == rocchio["R@1"][kept].mean()

@@ -14,7 +14,7 @@ from vsr1.errors import ConfigError
 from vsr1.eval import report
 from vsr1.eval.stills import FRAMES
 
-HOSTILE = "</pre></script><script>alert('x')</script><img src=http://bad.example/x onerror=y>&amp;\"'"
+HOSTILE = "</pre></script><script>alert('x')</script><img src=http://bad.example/x onerror=y>&amp;\"' $\\frac{$"
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,11 @@ def test_the_page_needs_nothing_from_outside(page: str) -> None:
     assert "@import" not in page
     assert "<script" not in page
     assert "<title>tiny &lt;1&gt;" in page
+
+
+def test_lines_of_facts_and_links_can_break(page: str) -> None:
+    assert page.count("</span> <span>") == 4
+    assert "</a><a" not in page
 
 
 def keep(folder: Path, *names: str) -> None:
@@ -125,23 +130,62 @@ def test_ranks_and_probabilities_are_counted(page: str) -> None:
     assert "10 answers; expected calibration error 12.0 %" in found.text
 
 
-def test_figures_of_ablations_json_join_those_of_eval_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("queries", [50, 500, 900])
+def test_figures_of_ablations_json_join_those_of_eval_json(tmp_path: Path, queries: int) -> None:
+    """One by one where both are over as many queries; else those over more are shown, and never both side by side."""
     folder = write_run(tmp_path / "run", grpo=False, steps=1)
-    keep(folder, "ablations")
+    keep(folder, "ablations", "by_turns", "queries")
     (folder / "log.jsonl").unlink()
     more = {
-        "queries": 50,
+        "queries": queries,
         "sft": {"ablations": {"rocchio": {"R@1": share(0.271)}, "exclusion only": {"R@1": share(0.111)}}},
         "baselines": {"zero-shot": {"vcmr": {"0.5": share(0.07)}, "ver": share(0.3), "R@1": share(0.2)}},
     }
     (folder / "ablations.json").write_text(json.dumps(more))
     (folder / "trajectories.jsonl").write_text("")
     found = Page(report.write_report(folder, lambda video_id: folder / "none").read_text())
-    assert found.rows("rocchio")[0][0] == "27.1 24.1 to 30.1"
-    assert found.rows("exclusion only")[0] == ["11.1 8.1 to 14.1", "23.8 20.8 to 26.8", "49.8 46.8 to 52.8"]
+    left, rocchio = ["23.8 20.8 to 26.8", "49.8 46.8 to 52.8"], ["27.1 24.1 to 30.1"]
+    if queries == 50:
+        assert not found.rows("rocchio")
+        assert found.rows("exclusion only")[0] == ["45.8 42.8 to 48.8", *left]
+        assert "Not shown: ablations.json after SFT, over 50 queries and not 500." in found.text
+    elif queries == 500:
+        assert found.rows("rocchio")[0] == [*rocchio, "—", "—"]
+        assert found.rows("exclusion only")[0] == ["11.1 8.1 to 14.1", *left]
+    else:
+        assert found.rows("rocchio")[0] == rocchio
+        assert found.rows("exclusion only") == [["11.1 8.1 to 14.1"]]
+        assert not found.rows("random soft tokens")
     assert found.rows("zero-shot")[0][1] == "7.0 4.0 to 10.0"
-    assert "ablations.json, over 50 queries; eval.json is over 500." in found.text
+    assert (f"Of ablations.json, over {queries} queries and not 500: zero-shot." in found.text) == (queries != 500)
     assert "queries 500" in found.text
+    assert len(next(table for table in found.tables if table[0][0] == "turns")) == 4
+
+
+def test_baselines_of_fewer_queries_replace_none(tmp_path: Path) -> None:
+    for name, queries, value in (("eval.json", 500, 0.2), ("ablations.json", 50, 0.9)):
+        given = {"queries": queries, "baselines": {"zero-shot": {"ver": share(value)}}}
+        (tmp_path / name).write_text(json.dumps(given))
+    found = Page(report.write_report(tmp_path, lambda video_id: tmp_path / "none").read_text())
+    assert found.rows("zero-shot")[0][3] == "20.0 17.0 to 23.0"
+    assert ".warning" not in found.counts
+
+
+def test_conditions_over_some_of_the_queries_say_so(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", grpo=False, steps=1)
+    keep(folder, "ablations", "by_soft_tokens", "refinements", "queries")
+    result = json.loads((folder / "eval.json").read_text())
+    result["sft"]["compared"] = {"queries": 100, "measured": 98}
+    (folder / "eval.json").write_text(json.dumps(result))
+    text = Page(report.write_report(folder, lambda video_id: folder / "none").read_text()).text
+    assert text.count("All conditions are over the same 98 of 500 queries after SFT.") == 3
+
+
+@pytest.mark.parametrize("queries", [4, 500])
+def test_few_queries_are_called_few(tmp_path: Path, queries: int) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps({"queries": queries, "sft": {"vcmr": {"0.5": share(0.5)}}}))
+    text = Page(report.write_report(tmp_path, lambda video_id: tmp_path / "none").read_text()).text
+    assert ("4 queries are few" in text) == (queries == 4)
 
 
 def test_a_run_without_grpo_and_controls_leaves_them_out(tmp_path: Path) -> None:

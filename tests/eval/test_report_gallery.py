@@ -31,7 +31,7 @@ BY_KIND = {
     "moment": trajectory(0, "e", [turn(RIGHT, 1, "matched", (7.0, 12.0))], "matched"),
     "never": trajectory(0, "f", [MISS, turn(OTHER, 3, None)], "turns"),
     "near": trajectory(0, "g", [turn(RIGHT, 1, "matched", (2.0, 6.0))], "matched"),
-    "refined": trajectory(0, "h", [MISS, HIT], "matched"),
+    "later": trajectory(0, "h", [MISS, HIT], "matched"),
     "at-once": trajectory(0, "i", [HIT], "matched"),
 }
 
@@ -74,7 +74,7 @@ def test_queries_without_a_truth_are_not_judged() -> None:
 
 
 def test_a_card_tells_ranks_answer_probability_and_tokens() -> None:
-    found = Page(gallery.gallery([BY_KIND["refined"]], missing))
+    found = Page(gallery.gallery([BY_KIND["later"]], missing))
     assert "its rank by turn, and under the last query: 3 → 1 → 1" in found.text.replace(" ; ", "; ")
     assert "IoU 1.00" in found.text
     assert "✓ rejected score 0.640 right video at rank 3 P(matched) 0.08 soft tokens 8" in found.text
@@ -91,7 +91,7 @@ def test_an_answer_fallen_back_on_is_told() -> None:
 
 def test_a_video_that_cannot_be_decoded_is_said_in_its_place(tmp_path: Path) -> None:
     (tmp_path / "video-0.mp4").write_bytes(b"not a video")
-    found = Page(gallery.gallery([BY_KIND["refined"]], lambda video_id: tmp_path / f"{video_id}.mp4"))
+    found = Page(gallery.gallery([BY_KIND["later"]], lambda video_id: tmp_path / f"{video_id}.mp4"))
     assert found.counts[".broken"] == 2
     assert "video-0.mp4':" in found.text
     assert "img" not in found.counts

@@ -66,7 +66,7 @@ def test_published_rows_stand_beside_ours_with_the_difference() -> None:
     assert points == ["+41.5", "+40.6", "+30.8", "+19.9", "+17.4", "+20.4", "+25.1", "+26.8", "+12.3"]
     assert ours[4] == "93.1"
     assert "VER, public" in found.text
-    assert ".warning" not in found.counts
+    assert "2 queries failed" in found.text
 
 
 def test_points_are_grey_where_the_published_figure_lies_in_our_interval() -> None:
@@ -83,12 +83,40 @@ def test_points_are_grey_where_the_published_figure_lies_in_our_interval() -> No
         ({"queries": 500, "corpus_size": 1334}, "these have 500 queries and not 3,720"),
         ({"queries": 3720, "corpus_size": 400}, "these have 400 videos in the corpus and not 1,334"),
         ({"split": "train"}, "these are of its split &#x27;train&#x27;"),
+        ({"queries": 3720, "corpus_size": 1334}, "2 queries failed and are left out"),
     ],
 )
 def test_what_is_not_comparable_is_said(facts: Json, said: str) -> None:
     text = tables.main_table(evaluation("charades", **facts), {"grpo": stage(0.0)})
     assert said in text
     assert "not like for like" in text
+
+
+@pytest.mark.parametrize(
+    ("dataset", "facts", "said"),
+    [
+        (
+            "activitynet",
+            {"queries": 4, "corpus_size": 3},
+            "its number of queries (these have 4) and of videos in the corpus",
+        ),
+        ("charades", {"queries": 3720}, "Not known here: its number of videos in the corpus."),
+        ("charades", {"queries": 3720, "corpus_size": 1334}, "as ours are: as many queries and videos."),
+    ],
+)
+def test_what_may_be_comparable_is_said(dataset: str, facts: Json, said: str) -> None:
+    whole = {name: stage(0.0) | {"failed": 0} for name in ("sft", "grpo")}
+    text = tables.main_table(evaluation(dataset, **facts, **whole), whole)
+    assert said in text
+    assert "not like for like" not in text
+
+
+def test_points_of_a_figure_without_a_width_are_grey() -> None:
+    given = evaluation("charades")
+    given["baselines"] = {"zero-shot": {"vcmr": {"0.3": share(0.0, 0.0)}, "ver": share(0.9)}}
+    points = re.search(r'<tr class="points">.*?</tr>', tables.main_table(given, {}))
+    assert points is not None
+    assert re.findall(r'<span class="([a-z]*)">([-+][0-9.]+)<', points[0]) == [("", "-12.2"), ("above", "+60.0")]
 
 
 def test_published_figures_are_whole_rows() -> None:

@@ -190,15 +190,17 @@ def look_elsewhere(
     policy: Policy, pairs: Sequence[Pair], verdicts: Sequence[Verdict], asking: Asking, *, shuffled: bool
 ) -> list[Verdict]:
     """The control of the video's worth: the same words, but the soft tokens come from reading them before an empty or,
-    `shuffled`, another pair's video."""
+    `shuffled`, the next other video of its shape among those that refine; an empty one where there is none."""
     wants = [index for index, verdict in enumerate(verdicts) if verdict.actions is not None]
     if not wants:
         return list(verdicts)
     rows = []
     for position, index in enumerate(wants):
-        own, other = pairs[index].video, pairs[wants[(position + 1) % len(wants)]].video
-        seen = other if shuffled and other.grid == own.grid else blank(own)
-        prompt = prompt_of(policy, Question(pairs[index].moment.text, own, pairs[index].path))
+        own = pairs[index]
+        others = [pairs[other] for other in (*wants[position + 1 :], *wants[:position])] if shuffled else []
+        fitting = (one.video for one in others if one.video_id != own.video_id and one.video.grid == own.video.grid)
+        seen = next(fitting, None) or blank(own.video)
+        prompt = prompt_of(policy, Question(own.moment.text, own.video, own.path))
         rows.append(replace(prompt.row, video=seen))
     replies = [verdicts[index].token_ids for index in wants]
     soft = soft_tokens_after(policy, rows, range(len(rows)), replies, asking.sigma, _noise(asking))

@@ -44,6 +44,9 @@ Values = dict[str, Floats]
 METHOD = "refinement + exclusion"
 IN_WORDS = "refinement in words"
 WITHOUT = "exclusion only"
+ACCUMULATED = (
+    "accumulated soft tokens"  # another loop from its second refinement on, so its second video is the method's
+)
 ONE_SHOT = "one shot"
 CONDITIONS: dict[str, Json] = {
     METHOD: {"fall_back": True},
@@ -54,7 +57,7 @@ CONDITIONS: dict[str, Json] = {
     "blank video": {"refinement": "blank"},
     "shuffled video": {"refinement": "shuffled"},
     IN_WORDS: {"refinement": "hard"},
-    "accumulated soft tokens": {"accumulate": True},
+    ACCUMULATED: {"accumulate": True},
     "rocchio": {"refinement": "rocchio"},
     ONE_SHOT: {"turns": 1, "refinement": "none", "exclude": False},
 }
@@ -236,7 +239,8 @@ class Ablations:
 def figures(work: Ablations, names: Iterable[str] = EVERYTHING) -> Json:
     """The figures of these conditions beside the method, in the shape of a stage of `eval.json`, all over the queries that
     failed in none of them: `ablations`; `refinement_gain`, how much more often the method shows the right video second than a
-    control does, of the queries whose first was wrong; `by_soft_tokens`; `refinements`, soft against hard."""
+    control does, of the queries whose first was wrong; `by_soft_tokens`; `refinements`, soft against hard; `compared`, how
+    many queries the conditions were run on and how many of these were measured."""
     wanted = [name for name in CONDITIONS if name == METHOD or name in names]
     n, conditions = work.settings.resamples, {name: work.values(name) for name in wanted}
     counts = work.counts() if SOFT_TOKENS in names else []
@@ -252,16 +256,19 @@ def figures(work: Ablations, names: Iterable[str] = EVERYTHING) -> Json:
     def more(values: Values, name: str, among: Any = whole) -> Json:
         return metrics.paired(method[name][among], values[name][among], n).as_dict()
 
-    found: Json = {"ablations": {}, "refinement_gain": {}}
+    compared = {"queries": len(work.moments), "measured": int(whole.sum())}
+    found: Json = {"compared": compared, "ablations": {}, "refinement_gain": {}}
     for name, values in conditions.items():
-        one = {"R@1": share(values, "R@1"), "R@1 wrong": share(values, "second", wrong), "vcmr": {}}
+        one = {"R@1": share(values, "R@1")}
+        if name != ONE_SHOT:  # which shows no second video
+            one["R@1 wrong"] = share(values, "second", wrong)
         one["vcmr"] = {f"{at:g}": share(values, f"vcmr {at:g}") for at in THRESHOLDS}
         if name != METHOD:
             one["gain"] = {
                 "R@1": more(values, "R@1"),
                 "vcmr": {f"{at:g}": more(values, f"vcmr {at:g}") for at in THRESHOLDS},
             }
-            if name != ONE_SHOT:  # which shows no second video
+            if name not in (ONE_SHOT, ACCUMULATED):
                 found["refinement_gain"][name] = more(values, "second", wrong)
         found["ablations"][name] = one
     if counts:

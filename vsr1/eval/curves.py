@@ -15,6 +15,7 @@ Series = dict[str, tuple[list[float], list[float]]]
 
 STAGES = {
     "world": "World",
+    "data": "Data",
     "vision": "Vision tower",
     "embedder": "Embedder",
     "sft": "Stage 1: SFT",
@@ -65,11 +66,15 @@ def _panels(stage: str, series: Mapping[str, tuple[list[float], list[float]]], c
     rest = {name: values for name, values in series.items() if name not in watched}
     shown = ""
     if watched:
+        held_out = (
+            " <b>Held out</b>: the loop on validation queries, greedy, where the gain of refining is that of the reciprocal "
+            "rank."
+        )
         shown = figure(
             figures.curves(watched, colour),
             f"{caption} Of the sampled rollouts: reward, VCMR at IoU ≥ 0.5, right answers, and what refining at turn t "
-            "added to the right video's probability. <b>Held out</b>: the loop on validation queries, greedy, where the "
-            "gain of refining is that of the reciprocal rank.",
+            "added to the right video's probability."
+            + (held_out if any(name.startswith("held_out_") for name in watched) else ""),
             _numbers(watched),
         )
     if not rest:

@@ -42,6 +42,7 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
+    "text.parse_math": False,  # names may hold dollar signs
     "text.color": INK,
     "axes.edgecolor": AXIS,
     "axes.labelcolor": MUTED,

@@ -40,7 +40,7 @@ KINDS = {
     "moment": Kind("wrong moment", "failure", f"right video accepted, no span or an IoU below {NEAR}", 4),
     "never": Kind("never found", "failure", "the right video was not shown in any turn", 4),
     "near": Kind("near miss", "near", f"right video accepted, {NEAR} ≤ IoU < {HIT}", 3),
-    "refined": Kind("found after refinement", "success", f"right video in a later turn, IoU ≥ {HIT}", 3),
+    "later": Kind("found later", "success", f"right video in a later turn, IoU ≥ {HIT}", 3),
     "at-once": Kind("found at once", "success", f"right video in the first turn, IoU ≥ {HIT}", 2),
 }
 
@@ -63,7 +63,7 @@ def kind_of(record: Json) -> str:
     overlap = _overlap(complete(record["start"], record["end"]), complete(turns[-1]["start"], turns[-1]["end"]))
     if overlap < HIT:
         return "near" if overlap >= NEAR else "moment"
-    return "at-once" if len(turns) == 1 else "refined"
+    return "at-once" if len(turns) == 1 else "later"
 
 
 def _overlap(true: Span | None, said: Span | None) -> float:

@@ -73,8 +73,9 @@ def cut(text: str, most: int) -> str:
 def document(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[str], style: str) -> str:
     """The whole page. `facts` stand under the title; `style` is what sections need besides the style of all pages."""
     body = "\n".join(sections)
-    head = "".join(f"<span>{escape(name)} <b>{escape(value)}</b></span>" for name, value in facts)
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in _HEADING.findall(body))
+    # spaces, since lines only break there
+    head = " ".join(f"<span>{escape(name)} <b>{escape(value)}</b></span>" for name, value in facts)
+    links = " ".join(f'<a href="#{name}">{title}</a>' for name, title in _HEADING.findall(body))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

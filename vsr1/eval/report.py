@@ -22,7 +22,8 @@ from vsr1.eval.page import cut, document, fold, note, section, table
 from vsr1.files import write_whole
 
 PARTS = ("eval.json", "log.jsonl", "trajectories.jsonl")  # a report can be made of any of them
-_JOINED = (*STAGE_NAMES, "baselines")  # what ablations.json adds; its head says what it is of
+_CONDITIONS = ("compared", "ablations", "refinement_gain", "by_soft_tokens", "refinements")  # of a stage, over one set
+_FEW = 30  # queries, below which a bootstrap over them says too little
 _LONGEST_CONFIG = 50_000  # characters
 
 Json = dict[str, Any]
@@ -32,8 +33,8 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
     """Writes `report.html` into a run folder and returns its path; `video_path` says where a video's file lies, and may
     raise KeyError for one that it does not know.
 
-    The folder's `ablations.json` joins what `eval.json` holds of each stage. A video that cannot be decoded does not stop
-    the report: its reason stands where its frames would be.
+    The folder's `ablations.json` joins what `eval.json` holds of each stage, see `_joined`. A video that cannot be decoded
+    does not stop the report: its reason stands where its frames would be.
 
     Raises ConfigError where the folder has none of `PARTS`, or where one of them cannot be read.
     """
@@ -42,7 +43,7 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
         raise ConfigError(f"run folder '{run_folder}' has none of {', '.join(PARTS)}: train or evaluate a run first")
     evaluation = _json(run_folder, "eval.json", found["eval.json"] or "{}")
     others = _json(run_folder, "ablations.json", found["ablations.json"] or "{}")
-    _join(evaluation, {key: others[key] for key in _JOINED if key in others})
+    evaluation, warnings = _joined(evaluation, others)
     log, torn = _log(found["log.jsonl"])
     lines = found["trajectories.jsonl"].splitlines()
     records = [_json(run_folder, f"trajectories.jsonl line {n}", line) for n, line in enumerate(lines, start=1)]
@@ -54,10 +55,10 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
         )
     missing = [name for name in PARTS if not found[name]]
     sections = [
+        _warned(evaluation, warnings),
         tables.tiles(stages) if stages else "",
         tables.main_table(evaluation, stages),
         studies.difference(evaluation.get("difference") or {}),
-        _other_queries(evaluation, others),
         studies.soft_tokens(stages),
         studies.turns(stages),
         studies.refinements(stages),
@@ -74,9 +75,48 @@ def write_report(run_folder: Path, video_path: Callable[[str], Path]) -> Path:
     return path
 
 
+def _joined(evaluation: Json, others: Json) -> tuple[Json, list[str]]:
+    """An evaluation with what `ablations.json` adds to it, and what must be said of that.
+
+    Conditions over as many queries join one by one, those of `ablations.json` replacing others of their name. Figures over
+    different queries never stand side by side: of a stage's conditions those over more queries are shown.
+    """
+    if not evaluation or not others:
+        return evaluation or others, []
+    warnings = []
+    for stage in (name for name in STAGE_NAMES if others.get(name)):
+        mine = dict(evaluation.get(stage) or {})
+        theirs = {key: others[stage][key] for key in _CONDITIONS if others[stage].get(key)}
+        here, there = _compared(evaluation, stage), _compared(others, stage)
+        if here == there:
+            _join(mine, theirs)
+        elif there > here:
+            mine = {key: value for key, value in mine.items() if key not in _CONDITIONS} | theirs
+        else:
+            warnings.append(
+                f"Not shown: ablations.json after {STAGE_NAMES[stage]}, over {there:,} queries and not {here:,}."
+            )
+        evaluation[stage] = {"by_turns": others[stage].get("by_turns")} | mine
+    whole, part = evaluation.get("queries"), others.get("queries")
+    baselines, more = dict(evaluation.get("baselines") or {}), others.get("baselines") or {}
+    if whole == part:
+        evaluation["baselines"] = baselines | more
+    elif added := {name: one for name, one in more.items() if name not in baselines}:
+        warnings.append(f"Of ablations.json, over {part:,} queries and not {whole:,}: {', '.join(added)}.")
+        evaluation["baselines"] = baselines | added
+    return evaluation, warnings
+
+
+def _compared(evaluation: Json, stage: str) -> int:
+    """How many queries a stage's conditions were run on; 0 where it has none."""
+    figures = evaluation.get(stage) or {}
+    if not any(figures.get(key) for key in _CONDITIONS):
+        return 0
+    return int((figures.get("compared") or evaluation).get("queries") or 0)
+
+
 def _join(evaluation: Json, more: Mapping[str, Any]) -> None:
-    """Puts into an evaluation what another file of the same shape holds: its figures are added condition by condition, and
-    replace those of the same name."""
+    """Puts into an evaluation what another of the same shape holds, figure by figure."""
     for key, value in more.items():
         if isinstance(value, dict) and isinstance(evaluation.get(key), dict) and "value" not in value:
             _join(evaluation[key], value)
@@ -84,13 +124,15 @@ def _join(evaluation: Json, more: Mapping[str, Any]) -> None:
             evaluation[key] = value
 
 
-def _other_queries(evaluation: Json, others: Json) -> str:
-    """A warning where the ablations are over other queries than the evaluation."""
-    here, there = evaluation.get("queries"), others.get("queries")
-    if here is None or there is None or here == there:
-        return ""
-    said = f"What follows is partly of ablations.json, over {there:,} queries; eval.json is over {here:,}."
-    return f'<p class="warning">{said}</p>'
+def _warned(evaluation: Json, warnings: list[str]) -> str:
+    """What a reader has to know of all figures."""
+    queries = evaluation.get("queries")
+    if queries is not None and queries < _FEW:
+        few = (
+            f"{queries} queries are few: resampling them makes intervals too narrow, and none where all of them agree."
+        )
+        warnings = [few, *warnings]
+    return "".join(f'<p class="warning">{escape(one)}</p>' for one in warnings)
 
 
 def _text(path: Path) -> str:

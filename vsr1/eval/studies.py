@@ -46,7 +46,7 @@ def ablations(stages: Stages) -> str:
     if not names:
         return ""
     names.sort(key=lambda name: name != METHOD)
-    columns = {"R@1": "R@1", "R@1 wrong": "R@1, first answer wrong", "0.5": "VCMR, IoU ≥ 0.5"}
+    columns = {"R@1": "R@1", "R@1 wrong": "right second video", "0.5": "VCMR, IoU ≥ 0.5"}
     rows: dict[str, dict[str, Json]] = {}
     for name in names:
         rows[name] = {}
@@ -73,17 +73,37 @@ def ablations(stages: Stages) -> str:
         note(
             "Only queries whose first video was rejected get a second search, and any other video shown there can "
             "gain: a rise of R@1 proves nothing by itself. What refinement earns is its distance to <b>exclusion "
-            "only</b>, the next video of the first ranking. <b>Random soft tokens</b> show what any disturbance of "
-            "the query gains, <b>blank</b> and <b>shuffled video</b> whether refinement looked at what it rejected."
+            f"only</b>, the next video of the first ranking.{_about_controls(names)}{_over(stages, 'ablations')}"
         ),
         _gain(stages),
         figure(
             figures.bars(dict.fromkeys(titles, ("percent", 100.0)), rows, first_is_method=names[0] == METHOD),
-            "Full colour: the method; pale: its controls. Thin lines are 95 % intervals. <b>First answer wrong</b>: only "
-            "the queries whose first video was not the right one.",
+            "Full colour: the method; pale: its controls. Thin lines are 95 % intervals. <b>R@1</b>: of the last query, "
+            "rejected videos left out where the condition excludes them. <b>Right second video</b>: how often the second "
+            "video shown is the right one, of the queries whose first was not.",
             numbers,
         ),
     )
+
+
+def _about_controls(names: Sequence[str]) -> str:
+    meanings = {
+        "random soft tokens": "<b>Random soft tokens</b> show what any disturbance of the query gains.",
+        "blank video": "<b>Blank</b> and <b>shuffled video</b> show whether refinement looked at what it rejected.",
+        "rocchio": "<b>Rocchio</b> moves the query without a policy that refines.",
+    }
+    return "".join(f" {meaning}" for name, meaning in meanings.items() if name in names)
+
+
+def _over(stages: Stages, shown: str) -> str:
+    """Over which queries these figures of each stage are, where they are not all that it was evaluated on."""
+    said = []
+    for stage, one in ((stage, one) for stage, one in stages.items() if one.get(shown)):
+        measured, queries = group(one, "compared").get("measured"), one.get("queries")
+        if measured is not None and measured != queries:
+            whole = "" if queries is None else f" of {queries:,}"
+            said.append(f"{measured:,}{whole} queries after {STAGE_NAMES[stage]}")
+    return f" All conditions are over the same {', '.join(said)}." if said else ""
 
 
 def _gain(stages: Stages) -> str:
@@ -147,7 +167,7 @@ def soft_tokens(stages: Stages) -> str:
             "Only the first n soft tokens of a refinement are inserted; n = 0 is the plain query. <b>R@1 over the whole "
             "corpus</b> is that of the first refinement alone, the others are of the whole loop, every refinement of it "
             "shortened. A line that rises steadily says that later tokens add something; bands are 95 % intervals of each "
-            "point alone.",
+            f"point alone.{_over(stages, 'by_soft_tokens')}",
             _numbers({**panels, **_lines(stages, "by_soft_tokens", "tokens", others)}, "soft tokens"),
         ),
     )
@@ -216,7 +236,8 @@ def refinements(stages: Stages) -> str:
             figures.bars(columns, rows),
             "The same loop with refinement by soft tokens, and with the policy's own words behind the query: tokens made for a "
             "refinement; R@1 of the last query, rejected videos excluded; seconds from the query and the rejected video to the "
-            "new query's vector. Thin lines are 95 % intervals.",
+            "new query's vector, the mean of at most four batches. Thin lines are 95 % intervals; those of so few batches only "
+            f"say how steady the machine was.{_over(stages, 'refinements')}",
             numbers,
         ),
     )

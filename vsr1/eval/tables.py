@@ -116,17 +116,17 @@ def _about_baselines(baselines: Mapping[str, Any]) -> str:
 def _about_published() -> str:
     return (
         f" <b>Published</b>: {escape(published.SOURCE)}; points are ours minus published, grey where the published figure "
-        "lies inside our interval. <b>VER, public</b>: the public code's own count, which holds the last answer against "
-        "the ranking after the last refinement and leaves unreadable answers out. Which count was published is not "
-        "known here, so the published figure stands beside both."
+        "lies inside our interval, or ours has none. <b>VER, public</b>: the public code's own count, which holds the last "
+        "answer against the ranking after the last refinement and leaves unreadable answers out. Which count was published "
+        "is not known here, so the published figure stands beside both."
     )
 
 
 def _comparable(evaluation: Json, benchmark: published.Benchmark | None) -> str:
-    """What keeps the published rows from being comparable, as far as the evaluation shows it."""
+    """Whether the published rows are comparable, and what keeps them from it, as far as the evaluation shows it."""
     if benchmark is None:
         return ""
-    reasons = []
+    reasons, unknown = [], []
     if evaluation.get("split") not in (None, *benchmark.splits):
         reasons.append(f"these are of its split '{evaluation['split']}'")
     for key, whole, what in (
@@ -134,12 +134,20 @@ def _comparable(evaluation: Json, benchmark: published.Benchmark | None) -> str:
         ("corpus_size", benchmark.videos, "videos in the corpus"),
     ):
         found = evaluation.get(key)
-        if found is not None and whole is not None and found != whole:
+        if found is None or whole is None:
+            unknown.append(what if found is None else f"{what} (these have {found:,})")
+        elif found != whole:
             reasons.append(f"these have {found:,} {what} and not {whole:,}")
-    if not reasons:
-        return ""
-    said = f"Published rows are over the whole test split of {benchmark.title}; {', '.join(reasons)}."
-    return f'<p class="warning">{escape(said)} The differences are not like for like.</p>'
+    if failed := max((group(evaluation, stage).get("failed") or 0 for stage in STAGE_NAMES), default=0):
+        reasons.append(f"{failed:,} queries failed and are left out")
+    said = f"Published rows are over the whole test split of {benchmark.title}"
+    if reasons:
+        return f'<p class="warning">{escape(said)}; {escape(", ".join(reasons))}. The differences are not like for like.</p>'
+    if unknown:
+        return (
+            f'<p class="warning">{escape(said)}. Not known here: its number of {escape(" and of ".join(unknown))}.</p>'
+        )
+    return note(f"{escape(said)}, as ours are: as many queries and videos.")
 
 
 def _three_lines(label: str, figures: Json, name: str | None, benchmark: published.Benchmark | None) -> str:
@@ -171,7 +179,8 @@ def _points(ours: Any, theirs: float | None) -> str:
     if theirs is None or not is_defined(ours):
         return NOTHING
     value, low, high = triple(ours)
-    unsure = ours.get("low") is None or low <= theirs <= high  # a figure without an interval proves nothing
+    # a figure without an interval proves nothing, nor does one of no width: so few queries that all of them agree
+    unsure = ours.get("low") is None or low == high or low <= theirs <= high
     kind = "" if unsure else "above" if value > theirs else "below"
     return f'<span class="{kind}">{value - theirs:+.1f}</span>'
 
