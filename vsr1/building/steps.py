@@ -360,9 +360,11 @@ class Building:
         names: dict[str, str] = {}
         also = []  # a file goes in once, under the first of its names
         for video_id, path in report.videos.items():
-            if (video_id not in there or video_id in marked) and os.path.exists(path):
-                if (first := names.setdefault(os.path.abspath(path), video_id)) != video_id:
-                    also.append(f"'{video_id}' is also called '{first}': {path}")
+            if (video_id in there and video_id not in marked) or not os.path.exists(path):
+                continue
+            first = names.setdefault(os.path.abspath(path), video_id)
+            if first != video_id:
+                also.append(f"'{video_id}' is also called '{first}': {path}")
         if not names:
             return Outcome(f"corpus/{split}", folder, "stands", {"videos": len(there)})
 
