@@ -19,6 +19,7 @@ from vsr1.building import queries, steps
 from vsr1.building.standing import Outcome
 from vsr1.building.steps import Building, Settings
 from vsr1.corpus import Corpus
+from vsr1.data.annotation_files import AnnotationError
 from vsr1.data.endpoint import Endpoint
 from vsr1.data.layout import Layout, dataset
 from vsr1.data.rows import read_grpo, read_hard_negatives, read_sft
@@ -344,6 +345,30 @@ def test_embedding_queries_goes_on_where_it_was_stopped(
         "query_embeddings.train.npy",
         "query_meta.train.jsonl",
     ]
+
+
+def test_prepared_query_vectors_of_any_length_give_the_same_scores(out: Path, build: Build) -> None:
+    (out / "build.json").unlink()
+    layout, pool = Layout(out), jsonl(Layout(out).pool)
+    vectors = np.load(layout.query_embeddings("train"))
+    np.save(layout.query_embeddings("train"), 3 * vectors)
+    build(only="pool", force=True)
+    scores = [row["top1_score"] for row in jsonl(layout.pool.with_name("top1_pool.train.jsonl"))]
+    assert scores == pytest.approx([row["top1_score"] for row in pool], abs=1e-5)
+    vectors[2] = np.nan
+    np.save(layout.query_embeddings("train"), vectors)
+    with pytest.raises(AnnotationError, match="the vector of '2_fig' is 0 or not finite"):
+        build(only="pool", force=True)
+
+
+def test_a_video_under_two_names_is_told(build: Build, root: Path, tmp_path: Path, said: list[str]) -> None:
+    odd = fig(3, "v0", "a red circle", 0.5, 1.5) | {"video": ["v0"]}  # refused, and no trouble for the scores of others
+    rows = [fig(1, "v0", "a red circle", 0.5, 1.5), fig(2, "v0.mp4", "a red circle", 0.5, 1.5), odd]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"annotations": {"train": tmp_path / "train.jsonl"}}
+    outcomes = build(**given, only="corpus") | build(**given, only="queries")
+    assert outcomes["corpus/train"].counts["failed"] == 1 and outcomes["queries/train"].counts["queries"] == 2
+    assert any("'v0.mp4' is also called 'v0'" in line for line in said)
 
 
 def test_files_of_somebody_else_are_used_and_left_alone(out: Path, build: Build) -> None:

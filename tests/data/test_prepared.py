@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +78,22 @@ def test_a_failed_replacement_leaves_what_was_there(layout: Layout, monkeypatch:
     with pytest.raises(OSError, match="disk full"):
         import_split(layout, "train", embedder=Named(), again=True)
     assert Corpus.open(layout.corpus("train")).embedder_id == UNNAMED
+
+
+@pytest.mark.parametrize("killed", ["while it was made", "before it took its place", "while the former one went"])
+def test_a_kill_leaves_nothing_in_the_way(layout: Layout, killed: str) -> None:
+    import_split(layout, "train")
+    folder, aside, former = (layout.root / "train" / name for name in ("corpus", "corpus.new", "corpus.former"))
+    if killed == "while it was made":
+        (aside / "vectors").mkdir(parents=True)
+    elif killed == "before it took its place":
+        shutil.copytree(folder, aside)
+        folder.rename(former)
+    else:
+        (former / "vectors").mkdir(parents=True)
+    import_split(layout, "train", embedder=Named(), again=True)
+    assert Corpus.open(folder).embedder_id == "the one"
+    assert [path.name for path in folder.parent.glob("corpus*")] == ["corpus"]
 
 
 def test_nothing_but_a_corpus_is_replaced(layout: Layout) -> None:

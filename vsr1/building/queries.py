@@ -19,6 +19,7 @@ from vsr1.building.standing import digest
 from vsr1.command import Progress
 from vsr1.data.annotation_files import AnnotationError, read
 from vsr1.data.annotation_values import text_of
+from vsr1.data.prepared_queries import unit_vectors
 from vsr1.errors import ConfigError
 from vsr1.files import write_whole
 from vsr1.records import Moment
@@ -80,23 +81,22 @@ def _save(path: Path, vectors: np.ndarray) -> None:
 
 
 def load(embeddings: Path, meta: Path, moments: Sequence[Moment]) -> tuple[torch.Tensor, list[dict[str, Any]]]:
-    """The vectors (Q, D) float32 of these moments, in their order, and for each what the meta row says: `query_index` (its
+    """The unit vectors (Q, D) float32 of these moments, in their order, and for each what the meta row says: `query_index` (its
     row) and `fig_score`.
 
     Raises:
-        ConfigError: a query is not among them, asks something else there, or the files do not fit together.
+        ConfigError: a query is not among them, or asks something else there.
+        AnnotationError: the files do not fit together, or a vector is 0 or not finite.
     """
     places: dict[str, tuple[int, Mapping[str, Any]]] = {}
     try:
-        vectors = np.load(embeddings, mmap_mode="r", allow_pickle=False)
         for row, entry in enumerate(read(meta, layout="lines").entries):
             if entry.problem is not None:
                 raise AnnotationError(f"query meta '{meta}', {entry.place}: {entry.problem}")
             places[text_of(entry.value, "qid")] = row, entry.value
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ConfigError(f"query embeddings '{embeddings}' with '{meta}' cannot be read: {error}") from error
-    if vectors.ndim != 2 or len(vectors) != len(places):
-        raise ConfigError(f"'{embeddings}' has the shape {vectors.shape}, and '{meta}' names {len(places)} queries")
+    vectors = unit_vectors(embeddings, meta, list(places))
     missing = [one for one in moments if one.query_id not in places or places[one.query_id][1].get("query") != one.text]
     if missing:
         raise ConfigError(
@@ -105,4 +105,4 @@ def load(embeddings: Path, meta: Path, moments: Sequence[Moment]) -> tuple[torch
         )
     found = [places[moment.query_id] for moment in moments]
     said = [{"query_index": row, "fig_score": value.get("fig_score")} for row, value in found]
-    return torch.from_numpy(np.asarray(vectors[[row for row, _ in found]], dtype=np.float32)), said
+    return torch.from_numpy(vectors[[row for row, _ in found]]), said

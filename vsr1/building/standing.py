@@ -2,8 +2,9 @@
 
 `build.json` in the folder that is built keeps for each artefact the inputs it was made from: digests of files, names of
 models, settings. It is written before the artefact, and files appear whole, so an artefact that is there was made from
-what the record says. If the inputs are others by now, that is an error, unless the artefacts among them were made anew by
-this very run: then this one follows. Files without a record are somebody else's, and used as they are.
+what the record says. If the inputs are others by now, that is an error, unless they are artefacts that were made anew since:
+then this one follows, in the same run or, where that was ended, in the next. Files without a record are somebody else's, and
+used as they are.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ class Standing:
     def __init__(self, folder: Path, force: bool = False) -> None:
         self.force = force
         self._path = folder / RECORD
-        self._anew: set[str] = set()
         try:
             self._record: dict[str, dict[str, Any]] = json.loads(self._path.read_text("utf-8"))
         except FileNotFoundError:
@@ -49,8 +49,9 @@ class Standing:
             raise ConfigError(f"'{self._path}' cannot be read ({error}): delete it, and give --force once") from error
 
     def changed(self, name: str) -> None:
-        """The artefact `name`, which is kept elsewhere, was changed by this run."""
-        self._anew.add(name)
+        """The artefact `name`, which is kept elsewhere, was changed: what was made from it may follow."""
+        self._tell(name)
+        self._write()
 
     def make(
         self,
@@ -79,7 +80,7 @@ class Standing:
             other = [key for key in (*inputs, *old) if old.get(key) != inputs.get(key)]
             if not other and not known["counts"].get("again"):
                 return Outcome(name, files[0], "stands", known["counts"])
-            if stale := [key for key in dict.fromkeys(other) if key not in self._anew]:
+            if stale := [key for key in dict.fromkeys(other) if key not in known.get("follows", ())]:
                 changes = ", ".join(
                     f"{key} (was {_short(old.get(key))}, is {_short(inputs.get(key))})" for key in stale
                 )
@@ -90,14 +91,23 @@ class Standing:
         for path in files:
             path.unlink(missing_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._keep(name, inputs, {})
+        self._tell(name)
+        self._keep(name, inputs, {"again": True})  # until its counts are known: they may ask for it, too
         counts = write()
         self._keep(name, inputs, counts)
-        self._anew.add(name)
         return Outcome(name, files[0], "made", counts)
+
+    def _tell(self, name: str) -> None:
+        """Let what was made from an artefact follow it; the record keeps this, so that a kill in between loses nothing."""
+        for entry in self._record.values():
+            if name in entry["inputs"]:
+                entry["follows"] = sorted({*entry.get("follows", ()), name})
 
     def _keep(self, name: str, inputs: Inputs, counts: Counts) -> None:
         self._record[name] = {"inputs": dict(inputs), "counts": dict(counts)}
+        self._write()
+
+    def _write(self) -> None:
         write_whole(self._path, json.dumps(self._record, ensure_ascii=False, indent=1))
 
 

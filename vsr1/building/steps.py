@@ -357,11 +357,14 @@ class Building:
         there = set() if corpus is None else set(corpus.video_ids)
         marked = {} if corpus is None else corpus.marks()
         # videos that came in prepared, without a mark, are left as they are; the others are compared with their files
-        names = {
-            os.path.abspath(path): video_id
-            for video_id, path in report.videos.items()
-            if (video_id not in there or video_id in marked) and os.path.exists(path)
-        }
+        names: dict[str, str] = {}
+        also = []  # a file goes in once, under the first of its names
+        for video_id, path in report.videos.items():
+            if (video_id in there and video_id not in marked) or not os.path.exists(path):
+                continue
+            first = names.setdefault(os.path.abspath(path), video_id)
+            if first != video_id:
+                also.append(f"'{video_id}' is also called '{first}': {path}")
         if not names:
             return Outcome(f"corpus/{split}", folder, "stands", {"videos": len(there)})
 
@@ -369,13 +372,14 @@ class Building:
             self.progress(f"{name} {split}", done, total, note)
 
         found = ingest.add(folder, list(names), embedder, names=names, workers=self.settings.workers, progress=tell)
-        for one in found.failures[:SHOWN]:
-            self.say(f"not in the corpus of '{split}': {one.path}: {one.reason}")
-        if len(found.failures) > SHOWN:
-            self.say(f"and {len(found.failures) - SHOWN} more, all in '{folder / ingest.FAILURES}'")
+        failures = [*also, *(f"{one.path}: {one.reason}" for one in found.failures)]
+        for failure in failures[:SHOWN]:
+            self.say(f"not in the corpus of '{split}': {failure}")
+        if len(failures) > SHOWN:
+            self.say(f"and {len(failures) - SHOWN} more; files are in '{folder / ingest.FAILURES}'")
         if found.embedded:
             self.standing.changed(f"corpus/{split}")
-        counts = {"videos": len(Corpus.open(folder)), "embedded now": found.embedded, "failed": len(found.failures)}
+        counts = {"videos": len(Corpus.open(folder)), "embedded now": found.embedded, "failed": len(failures)}
         return Outcome(f"corpus/{split}", folder, "made" if found.embedded else "stands", counts)
 
     def _standing_corpus(self, folder: Path, embedder: Embedder) -> Corpus | None:
@@ -439,7 +443,7 @@ class Building:
         for entry in read(self.place(split)).entries:
             row = entry.value if isinstance(entry.value, dict) else {}
             if isinstance(row.get("fig_desc_score"), int | float):
-                found[row.get("video"), row.get("fig_desc")] = row["fig_desc_score"]
+                found[str(row.get("video")), str(row.get("fig_desc"))] = row["fig_desc_score"]
         moments = self.report(split).moments
         return {one.query_id: found[one.video_id, one.text] for one in moments if (one.video_id, one.text) in found}
 

@@ -3,7 +3,7 @@
 `import_split` reads a split of the public layout (`vsr1.data.layout`) and makes its corpus: vectors from segment_embeds.npy
 or, where there is none, from the FAISS index; of each video where its frames lie and how long it is. What the public code
 lets vanish is listed: videos that could not be embedded, annotated videos without a vector, arrays without times.
-`read_queries` reads the query vectors, and `recalls` says how well they find their videos, which is the published baseline.
+`closeness` says how near the vectors are to those that an embedder makes here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from vsr1.corpus import Corpus, exchange
+from vsr1.corpus.catalogue import FILE
 from vsr1.corpus.segments import in_parts
 from vsr1.data.annotated_videos import Videos, files_below, plain_name
 from vsr1.data.annotation_files import AnnotationError, read
@@ -126,11 +127,11 @@ def import_split(
     findings["no duration"] = [(video, "") for video in ids if video not in durations]
     identity = UNNAMED if embedder is None else embedder.identity
     lengths = {video: durations[video] for video in ids if video in durations}
-    folder = layout.corpus(split)
-    corpus = _standing(folder, source, ids, identity, shown, lengths)
+    folder, wanted = layout.corpus(split), _Wanted(source, ids, identity, shown, lengths)
+    corpus = _standing(folder, wanted)
     fresh = corpus is None
     if corpus is None:
-        corpus = _made(folder, source, ids, identity, shown, lengths, again)
+        corpus = _made(folder, wanted, again)
     arrays = sum(map(array.is_array, shown.values()))
     return Imported(split, corpus, source.name, arrays, len(shown) - arrays, fresh, findings)
 
@@ -251,22 +252,27 @@ def _frames(
     return shown
 
 
-def _standing(
-    folder: Path,
-    source: exchange.Source,
-    ids: Sequence[str],
-    identity: str,
-    paths: Mapping[str, str],
-    lengths: Mapping[str, float],
-) -> Corpus | None:
+@dataclass(frozen=True)
+class _Wanted:
+    """The corpus to be made: vectors, the video of each, their embedder, and what is known of the videos."""
+
+    source: exchange.Source
+    ids: list[str]
+    identity: str
+    paths: Mapping[str, str]
+    lengths: Mapping[str, float]
+
+
+def _standing(folder: Path, wanted: _Wanted) -> Corpus | None:
     """The corpus in the folder if it is the one that would be made."""
+    source = wanted.source
     try:
         corpus = Corpus.open(folder)
         same = (
-            (corpus.embedder_id, corpus.video_ids, corpus.dtype) == (identity, list(ids), torch.float32)
+            (corpus.embedder_id, corpus.video_ids, corpus.dtype) == (wanted.identity, wanted.ids, torch.float32)
             and corpus.dimension == source.dimension
-            and corpus.places() == dict(paths)
-            and all(corpus.duration(video) == lengths.get(video) for video in ids)
+            and corpus.places() == dict(wanted.paths)
+            and all(corpus.duration(video) == wanted.lengths.get(video) for video in wanted.ids)
             and all(
                 np.array_equal(source.read(part), corpus.numpy()[part])
                 for part in in_parts(source.count, 4 * source.dimension, "comparing")
@@ -277,36 +283,26 @@ def _standing(
     return corpus if same else None
 
 
-def _made(
-    folder: Path,
-    source: exchange.Source,
-    ids: Sequence[str],
-    identity: str,
-    paths: Mapping[str, str],
-    lengths: Mapping[str, float],
-    again: bool,
-) -> Corpus:
-    """A new corpus; one that stood there is set aside until it is whole, and goes then."""
+def _made(folder: Path, wanted: _Wanted, again: bool) -> Corpus:
+    """A new corpus, made aside: one that stood there goes when the new one is whole."""
     import shutil
 
-    former = folder.with_name(f"{folder.name}.former")
-    there = folder.is_dir() and any(folder.iterdir())
+    aside, former = (folder.with_name(f"{folder.name}.{state}") for state in ("new", "former"))
+    there = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if there and not again:
         raise CorpusError(
             f"'{folder}' holds something else than this import would make: move it, or replace it (--again)"
         )
     if there:
         Corpus.open(folder).close()  # nothing that is no corpus is replaced
-        folder.rename(former)
-    try:
-        exchange.make(folder, source, ids, identity, "float32", paths, lengths)
-    except BaseException:
-        if there:
-            shutil.rmtree(folder, ignore_errors=True)
-            former.rename(folder)
-        raise
+    if (aside / FILE).exists():  # left whole by a kill; what is not whole is taken over
+        shutil.rmtree(aside)
+    exchange.make(aside, wanted.source, wanted.ids, wanted.identity, "float32", wanted.paths, wanted.lengths)
     if there:
-        shutil.rmtree(former)
+        shutil.rmtree(former, ignore_errors=True)
+        folder.rename(former)
+    aside.rename(folder)
+    shutil.rmtree(former, ignore_errors=True)
     return Corpus.open(folder)
 
 

@@ -6,7 +6,9 @@ baseline without refinement.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -46,7 +48,6 @@ def read_queries(layout: Layout, split: str) -> Queries:
     Raises:
         AnnotationError: a file cannot be read, they do not belong together, an id occurs twice, or a vector is 0 or not finite.
     """
-    path = layout.query_embeddings(split)
     ids: list[str] = []
     texts: list[str] = []
     videos: list[str] = []
@@ -63,6 +64,15 @@ def read_queries(layout: Layout, split: str) -> Queries:
     if len(set(ids)) < len(ids):
         twice = next(query for place, query in enumerate(ids) if query in ids[:place])
         raise AnnotationError(f"queries '{layout.query_meta(split)}': id '{twice}' occurs twice")
+    return Queries(ids, texts, videos, unit_vectors(layout.query_embeddings(split), layout.query_meta(split), ids))
+
+
+def unit_vectors(path: Path, meta: Path, ids: Sequence[str]) -> np.ndarray:
+    """The vectors (N, D) of a file, float32 and of length 1; row i is that of ids[i], as `meta` says.
+
+    Raises:
+        AnnotationError: the file cannot be read, has another number of vectors, or one is 0 or not finite.
+    """
     try:
         vectors = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -70,15 +80,13 @@ def read_queries(layout: Layout, split: str) -> Queries:
     if not isinstance(vectors, np.ndarray) or vectors.ndim != 2 or vectors.dtype.kind != "f":
         raise AnnotationError(f"'{path}' must hold float vectors (N, D)")
     if len(vectors) != len(ids):
-        raise AnnotationError(
-            f"'{path}' holds {len(vectors)} vectors, '{layout.query_meta(split).name}' {len(ids)} queries"
-        )
+        raise AnnotationError(f"'{path}' holds {len(vectors)} vectors, '{meta.name}' {len(ids)} queries")
     vectors = vectors.astype(np.float32, copy=False)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     useless = np.flatnonzero(~np.isfinite(lengths[:, 0]) | (lengths[:, 0] == 0))
     if len(useless):
         raise AnnotationError(f"'{path}': the vector of '{ids[useless[0]]}' is 0 or not finite ({len(useless)} such)")
-    return Queries(ids, texts, videos, vectors / lengths)
+    return vectors / lengths
 
 
 def recalls(queries: Queries, corpus: Corpus) -> dict[int, float]:
