@@ -26,6 +26,8 @@ from vsr1.train.monitor import Terminal
 from vsr1.train.templated import Templates, meanings
 from vsr1.train.vision import train_vision
 
+_LEARNED = ("train", "grpo")  # corpora that are learned from
+
 
 class WorldJob(Job):
     """Everything is made here: videos, queries, models."""
@@ -76,7 +78,8 @@ class WorldJob(Job):
         return embedder
 
     def corpus(self, name: str, embedder: Embedder, video_ids: Sequence[str]) -> Shelf:
-        """The corpus folder `name` of these videos, indexed at most once."""
+        """The corpus folder `name` of these videos, indexed at most once. All processes ask for those of `_LEARNED`; for the
+        others the first one asks alone, which nobody may be made to wait for."""
         folder = self.folder / "corpus" / name
         paths = [self.world().video_path(video_id).absolute() for video_id in video_ids]
         with self.monitor.phase(f"index {name}", len(paths)) as phase:
@@ -93,7 +96,8 @@ class WorldJob(Job):
                 durations = [one.duration for one in features[part]]
                 corpus.add(video_ids[part], vectors, paths=paths[part], durations=durations)
             aside.rename(folder)
-        parallel.wait()
+        if name in _LEARNED:
+            parallel.wait()
         return Shelf(Corpus.open(folder, embedder.identity), embedder.videos)
 
     def start(self, embedder: Embedder) -> Policy:

@@ -295,6 +295,16 @@ def test_leftovers_of_a_kill_are_ignored_and_replaced(tmp_path: Path) -> None:
     assert checkpoint.resume(tmp_path, "toy", *parts(1)) == 4
 
 
+def test_a_checkpoint_is_not_loaded_onto_the_device_that_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run begun on a GPU goes on without one, and several processes do not all fill the first one's."""
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        checkpoint.save(tmp_path, "toy", 3, *parts(0))
+    assert checkpoint.resume(tmp_path, "toy", *parts(1)) == 3
+
+
 @pytest.mark.parametrize("fails", ["save_model", "publish"])
 def test_a_save_that_dies_leaves_the_earlier_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str

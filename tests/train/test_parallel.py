@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from vsr1.agent import generate, rollout
+from vsr1.config import RunConfig
 from vsr1.data.world import World
 from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.models.embedder import Embedder
@@ -31,6 +32,7 @@ from vsr1.train.loop import Interrupted, Keeper, Optimisation, StepResult
 from vsr1.train.losses import sft_loss
 from vsr1.train.monitor import Monitor, Silent
 from vsr1.train.templated import meanings as meanings_of
+from vsr1.world_job import WorldJob
 
 STEPS = 6
 SETTINGS = Optimisation(steps=STEPS, learning_rate=1e-2, warmup=2)
@@ -259,6 +261,29 @@ def test_parts_of_the_supervised_loss_add_up() -> None:
     assert float(sum(parts) / 2) == pytest.approx(float(sft_loss(logp, weight)), rel=1e-5)
 
 
+def test_one_that_makes_a_corpus_alone_keeps_the_others_waiting(
+    world: World, tiny_embedder: Embedder, tiny_policy: Policy, tmp_path: Path
+) -> None:
+    """As it calibrates or evaluates: who waits until that is done goes on neither before nor never."""
+    config = RunConfig(run=tmp_path, workers=1)
+    scenes = [*world.scenes("train"), *world.scenes("validation")]
+    # here, so that the forked processes find the features and share no decoder
+    tiny_embedder.videos.encode_all([world.video_path(scene.video_id).absolute() for scene in scenes])
+
+    def job() -> list[bool]:
+        job = WorldJob(config, Silent(), torch.device("cpu"))
+        job._world = world
+        job.shelf("sft", tiny_embedder, tiny_policy)
+        if parallel.first():
+            job.shelf("validation", tiny_embedder, tiny_policy)
+            time.sleep(0.5)
+            (tmp_path / "done").touch()
+        parallel.wait()
+        return [(tmp_path / name).exists() for name in ("corpus/train", "done")]
+
+    assert together(2, job) == [[True, True], [True, True]]
+
+
 # The second stage
 
 
@@ -331,3 +356,36 @@ def test_queries_are_shared_by_groups(
         assert ours["held_out"] == 0.5
         for name in ("loss", "latent_loss", "latent_kl", "contrast", "distillation", "kl", "gradient_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), name
+
+
+def test_a_query_of_a_video_outside_the_corpus_is_told_before_anything_is_learned(
+    tiny_policy: Policy, tiny_embedder: Embedder, world: World, shelf: Shelf, tmp_path: Path
+) -> None:
+    moments = [query.moment for query in world.queries("train")]
+    moments[-1] = replace(moments[-1], video_id="elsewhere")
+    settings = GrpoTraining(optimisation=Optimisation(steps=0, learning_rate=1e-3))
+    with Monitor(tmp_path) as monitor:
+        keeper = Keeper(tmp_path / "checkpoints", monitor, 1e9)
+        with pytest.raises(Vsr1Error, match="video 'elsewhere' is not in the corpus"):
+            grpo.train_grpo(tiny_policy, tiny_embedder, moments, shelf, settings, 1, keeper)
+
+
+def test_refinements_that_only_meanings_would_teach_are_left_out_without_any(
+    deterministic: Policy, tiny_embedder: Embedder, world: World, shelf: Shelf, tmp_path: Path
+) -> None:
+    settings = GrpoTraining(
+        optimisation=Optimisation(steps=1, learning_rate=1e-3),
+        queries=2,
+        group=2,
+        turns=2,
+        max_tokens=6,
+        beta=0.0,
+        latent_weight=0.0,
+        contrast_weight=0.0,
+        rewards={"time_format": 0.0},
+    )
+    moments = [query.moment for query in world.queries("train")]
+    with Monitor(tmp_path) as monitor:
+        keeper = Keeper(tmp_path / "checkpoints", monitor, 1e9)
+        grpo.train_grpo(deterministic, tiny_embedder, moments, shelf, settings, 1, keeper)
+    assert "loss" not in log(tmp_path)[0]

@@ -169,6 +169,26 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert values["peak"] == max(values["memory"].values())
 
 
+@pytest.mark.parametrize(
+    ("flags", "field", "value"),
+    [
+        ("--pack 2048", "pack", 2048),
+        ("--pack 2048", "sft_pack", 2048),
+        ("--pack 2048", "read_pack", 2048),
+        ("--no-checkpointing", "checkpointing", False),
+        ("--gpus 4", "gpus", 4),
+        ("--cores 3", "cores", 3),
+        ("--rows 4", "decoded_rows", 4),
+        ("--lora 5", "lora_rank", 5),
+        ("--published", "grpo_steps", 6500),
+    ],
+)
+def test_every_flag_reaches_the_recipe(flags: str, field: str, value: Any, tmp_path: Path) -> None:
+    written = tmp_path / "plan.json"
+    assert cli.main(["plan", *flags.split(), "--json", str(written)]) == 0
+    assert json.loads(written.read_text())["work"][field] == value != getattr(planning.work_of("charades"), field)
+
+
 def test_shapes_come_from_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.train.planned import configuration
 

@@ -119,6 +119,13 @@ def test_the_precision_of_a_checkpoint_does_not_change(train: Any, tmp_path: Pat
     with masters([optimizer]), pytest.raises(Vsr1Error, match="masters of 0 weights, and 2"):
         checkpoint.resume(tmp_path, "toy", toy, [optimizer])
 
+    half = torch.optim.AdamW(toy.parameters())
+    with masters([half]):
+        checkpoint.save(tmp_path, "half", 1, toy, [half])
+    wide = torch.optim.AdamW(toy.float().parameters())
+    with masters([wide]), pytest.raises(Vsr1Error, match="masters of 2 weights, and 0"):
+        checkpoint.resume(tmp_path, "half", toy, [wide])
+
 
 def test_nothing_is_left_behind() -> None:
     toy = Toy()

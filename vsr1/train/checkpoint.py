@@ -64,7 +64,8 @@ def resume(folder: Path, stage: str, modules: nn.Module, optimizers: Sequence[to
     if not found:
         return 0
     load_model(modules, str(found[-1] / "model.safetensors"))
-    state: dict[str, Any] = torch.load(found[-1] / "training.pt", weights_only=True)
+    # not onto the device that wrote it: every process would fill the first one's GPU, and a CPU has none
+    state: dict[str, Any] = torch.load(found[-1] / "training.pt", map_location="cpu", weights_only=True)
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     torch.set_rng_state(state["rng"])

@@ -13,7 +13,7 @@ resemble a text that says what the query means, where there is one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -146,6 +146,10 @@ def train_grpo(
     """Train `policy` on `moments` against the corpus `shelf`; the policy it starts from is the reference of the KL.
     `validate` gives numbers to log every `validate_every` steps. `meanings`: for the distillation, by query id, the embeddings
     (n, E) of a text that the soft tokens of this query should stand for."""
+    for one in moments:  # found out now, not hours later
+        shelf.row(one.video_id)
+    if not meanings:  # a reply that only they would teach is not to be read
+        settings = replace(settings, distillation_weight=0.0)
     tuner = lora.adapt(policy, settings.lora_rank) if settings.lora_rank else None
     reference = frozen_copy(policy) if tuner is None else lora.without(policy, tuner)
     speaker: Speaker = OwnSpeaker(settings.rows, settings.pack_tokens)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vsr1.corpus import Corpus
+from vsr1.errors import Vsr1Error
 from vsr1.models.vision import VideoEncoder, VideoFeatures
 from vsr1.ops.corpus_scan import CorpusMatrix
 
@@ -32,9 +33,11 @@ class Shelf:
         return self.corpus.path(video_id)
 
     def row(self, video_id: str | None) -> int:
-        """The corpus row of a video."""
+        """The corpus row of a video; Vsr1Error for one that it lacks."""
         if video_id is None:
             raise ValueError("this query has no known video")
+        if video_id not in self._rows:
+            raise Vsr1Error(f"video '{video_id}' is not in the corpus '{self.corpus.folder}', and a query asks for it")
         return self._rows[video_id]
 
     def holds(self, video_id: str) -> bool:

@@ -46,8 +46,6 @@ def _masters(optimizer: torch.optim.Optimizer) -> list[Any]:
                 group["params"][place] = master
                 pairs.append((weight, master))
                 hooks.append(weight.register_post_accumulate_grad_hook(_hand_over(master)))
-    if not pairs:
-        return hooks
 
     @torch.no_grad()
     def give_back(*_: Any) -> None:
@@ -55,7 +53,8 @@ def _masters(optimizer: torch.optim.Optimizer) -> list[Any]:
             weight.copy_(master)
 
     def keep(_: Any, state: dict[str, Any]) -> None:
-        state["masters"] = [master.detach() for _, master in pairs]
+        if pairs:
+            state["masters"] = [master.detach() for _, master in pairs]
 
     @torch.no_grad()
     def restore(_: Any, state: dict[str, Any]) -> None:
