@@ -25,6 +25,32 @@ from vsr1.train.monitor import Terminal
 _ASKED: tuple[Shelves, ...] = ("grpo", "validation", "test")
 
 
+def watched(config: DatasetConfig) -> str | None:
+    """The split that training is watched on, if the data set has one that can be used."""
+    layout, split = Layout(config.root), dataset(config.dataset).validation
+    usable = split and all(path(split).exists() for path in (layout.annotations, layout.corpus))
+    return split if usable else None
+
+
+def splits(config: DatasetConfig) -> list[str]:
+    """The splits whose videos a run needs."""
+    data = dataset(config.dataset)
+    return [data.train, *filter(None, [watched(config)]), data.test]
+
+
+def need(config: DatasetConfig, *, training: bool = True) -> None:
+    """ConfigError that names the parts of the data set that are not there; of the test split alone, without `training`."""
+    data, layout = dataset(config.dataset), Layout(config.root)
+    paths = [layout.annotations(data.test), layout.corpus(data.test)]
+    if training:
+        paths += [layout.annotations(data.train), *map(layout.corpus, splits(config)), layout.sft]
+    if missing := [path for path in dict.fromkeys(paths) if not path.exists()]:
+        raise ConfigError(
+            f"data set '{data.name}' below '{config.root}' lacks {', '.join(map(repr, map(str, missing)))}; "
+            f"make them with `vsr1 data build {data.name} --root {config.root}` (or `vsr1 data import`)"
+        )
+
+
 class DatasetJob(Job):
     """Nothing is made here but the policy: data and embedder are given."""
 
@@ -38,9 +64,7 @@ class DatasetJob(Job):
         super().__init__(config, monitor, device)
         self.data = dataset(config.dataset)
         self.layout = Layout(config.root)
-        watched = self.data.validation
-        there = watched and all(path(watched).exists() for path in (self.layout.annotations, self.layout.corpus))
-        self.watched = watched if there else None  # the split that training is watched on, if there is one to use
+        self.watched = watched(config)
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
             config.dtype, torch.bfloat16 if self.device.type == "cuda" else torch.float32
         )
@@ -48,27 +72,13 @@ class DatasetJob(Job):
         self._moments: dict[str, list[Moment]] = {}
 
     def run_data(self) -> None:
-        """See that everything is there before hours are spent, and say what there is."""
-        corpora = [self.layout.corpus(split) for split in self._splits()]
-        annotations = [self.layout.annotations(split) for split in (self.data.train, self.data.test)]
-        self.need(*annotations, *corpora, self.layout.sft)
+        """See that everything can be read before hours are spent, and say what there is."""
         embedder = self.embedder()
-        for split in self._splits():
+        for split in splits(self.config):
             count = len(Corpus.open(self.layout.corpus(split), embedder.identity))
             self.monitor.say(f"{split}: {count} videos")
         train, kept, test = (len(self.moments(name)) for name in _ASKED)
         self.monitor.say(f"{train} queries to train on, {kept} held out, {test} to be tested")
-
-    def need(self, *paths: Path) -> None:
-        """ConfigError that names the parts of the data set that are not there."""
-        if missing := [path for path in paths if not path.exists()]:
-            raise ConfigError(
-                f"data set '{self.data.name}' below '{self.config.root}' lacks {', '.join(map(repr, map(str, missing)))}; "
-                f"make them with `vsr1 data build {self.data.name} --root {self.config.root}` (or `vsr1 data import`)"
-            )
-
-    def _splits(self) -> list[str]:
-        return [self.data.train, *([self.watched] if self.watched else []), self.data.test]
 
     def embedder(self) -> Embedder:
         if self._embedder is None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from vsr1 import config as configuration
 from vsr1.config import DatasetConfig, JobConfig, RunConfig
-from vsr1.dataset_job import DatasetJob
+from vsr1.dataset_job import DatasetJob, need
 from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.stages import POLICIES, Job, device_of
 from vsr1.train import parallel
@@ -29,7 +29,14 @@ _FREE = ("run", "stage", "workers", "device", "checkpoint_every")  # may change 
 def run(config: JobConfig) -> Path:
     """Run `config` to the end of its stage; returns the run folder. Errors a person can mend are `Vsr1Error`s."""
     configuration.check(config)
+    if isinstance(config, DatasetConfig):
+        need(config)  # before a folder is claimed for settings that cannot be right
     with parallel.group(device_of(config.device)) as device:
+        for name, count in (("sft.batch", config.sft.batch), ("grpo.queries", config.grpo.queries)):
+            if count < parallel.size():
+                raise ConfigError(
+                    f"'{name}' is {count}, and {parallel.size()} processes share it: give each one at least"
+                )
         if parallel.first():
             claim(config)
         parallel.wait()

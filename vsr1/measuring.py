@@ -64,7 +64,7 @@ def _measure(arguments: Namespace) -> None:
     from vsr1.agent.rollout import LoopSettings
     from vsr1.agent.speech import Sampling
     from vsr1.data.layout import dataset
-    from vsr1.dataset_job import DatasetJob
+    from vsr1.dataset_job import DatasetJob, need
     from vsr1.eval.report import write_report
     from vsr1.stages import device_of
     from vsr1.train.monitor import Monitor
@@ -75,6 +75,7 @@ def _measure(arguments: Namespace) -> None:
     recipe.embedder = arguments.embedder or arguments.policy
     recipe.protocol_from, recipe.dtype, recipe.device = arguments.protocol_from, arguments.dtype, arguments.device
     configuration.check(recipe)
+    need(recipe, training=False)
     public = arguments.compat == "public"
     most = arguments.max_tokens or (PUBLIC_TOKENS if public else recipe.evaluation.max_tokens)
     loop = LoopSettings(
@@ -83,7 +84,6 @@ def _measure(arguments: Namespace) -> None:
     device = device_of(recipe.device)
     with Monitor(arguments.run) as monitor:
         job = DatasetJob(recipe, monitor, device)
-        job.need(job.layout.annotations(job.data.test), job.layout.corpus(job.data.test))
         moments = job.moments("test")[: arguments.queries or None]
         embedder, policy = job.embedder(), job.given()
         shelf = job.shelf("test", embedder, policy)

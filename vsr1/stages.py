@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -69,7 +68,7 @@ class Job(ABC):
         self.config = config
         self.folder = config.run
         self.monitor = monitor
-        self.workers = config.workers or os.cpu_count() or 1
+        self.workers = config.workers or parallel.cores()
         self.device = device
         self._started = time.monotonic()
 

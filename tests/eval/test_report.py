@@ -241,7 +241,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
         report.write_report(folder, lambda video_id: folder / video_id)
     (folder / "trajectories.jsonl").write_text("")
     (folder / "eval.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds neither 'sft' nor 'grpo'"):
+    with pytest.raises(ConfigError, match=r"holds none of sft, grpo, given"):
         report.write_report(folder, lambda video_id: folder / video_id)
 
 

@@ -119,6 +119,16 @@ def test_vectors_are_unit_vectors_and_texts_do_not_depend_on_their_neighbours(em
     assert embedder.embed_texts([]).shape == (0, 64)
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_an_embedder_is_the_same_one_in_any_precision(embedder, tmp_path, stored):
+    embedder.model.to(stored)
+    embedder.save_pretrained(tmp_path / "embedder")
+    half, full = (Embedder.from_pretrained(tmp_path / "embedder", dtype=d) for d in (torch.bfloat16, torch.float32))
+    assert half.identity == full.identity == Embedder.from_pretrained(tmp_path / "embedder").identity
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in full.videos.visual.parameters()} == {torch.float32}
+
+
 def test_identity_names_weights_and_template(embedder, tokenizer):
     before = embedder.identity
     assert embedder.identity == before

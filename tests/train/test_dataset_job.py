@@ -20,6 +20,7 @@ from vsr1.dataset_job import DatasetJob
 from vsr1.engine import Engine
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
+from vsr1.train import parallel
 from vsr1.train.monitor import Monitor
 
 
@@ -135,6 +136,7 @@ def test_what_is_missing_is_said_before_anything_starts(
     assert cli.main(flags(other, models, tmp_path / "run")) == 2
     said = capsys.readouterr().err
     assert str(lacking) in said and "vsr1 data build charades" in said
+    assert not (tmp_path / "run").exists()  # the corrected command may take its name
 
 
 def test_settings_of_a_data_set_survive_the_disk(run: Path, layout: Layout) -> None:
@@ -234,3 +236,15 @@ def test_mistakes_of_measuring_are_one_line(
     assert measure(layout, models, tmp_path / "run", *more) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_processes_need_a_row_and_a_query_each(
+    layout: Layout, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "size", lambda: 3)
+    assert cli.main(flags(layout, models, tmp_path / "run")) == 2
+    assert "'grpo.queries' is 2, and 3 processes share it" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert parallel.cores() == 4

@@ -49,6 +49,14 @@ def test_recipes_fit_what_they_are_made_for(preset: str, size: str, memory: int)
             assert estimate(SHAPES[size], SHAPES["embedding-2b"], work, gpu).fits, gpu.title
 
 
+def test_one_gpu_indexes_and_evaluates_however_many_train() -> None:
+    alone, eight = plan(), plan(gpus=8, cores=8 * 16)
+    for phase in ("index", "eval"):
+        assert eight.seconds[phase] == pytest.approx(alone.seconds[phase])
+    for phase in ("sft", "grpo"):
+        assert eight.seconds[phase] < alone.seconds[phase]
+
+
 def test_the_plan_is_of_the_recipe() -> None:
     recipe = presets.dataset("didemo", "2b", published=True, memory=24)
     work = planning.work_of("didemo", memory=24, published=True)

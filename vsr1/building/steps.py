@@ -439,7 +439,7 @@ class Building:
 
     def _scores(self, split: str) -> dict[str, float]:
         """`fig_desc_score` of the queries, by id, where the annotations have it."""
-        found = {}
+        found: dict[tuple[str | None, str], float] = {}
         for entry in read(self.place(split)).entries:
             row = entry.value if isinstance(entry.value, dict) else {}
             if isinstance(row.get("fig_desc_score"), int | float):

@@ -29,7 +29,7 @@ from vsr1.data.annotation_files import AnnotationError
 from vsr1.data.endpoint import Endpoint, Unanswered
 from vsr1.data.pairs import Pair
 from vsr1.data.rationales import unfit
-from vsr1.errors import ConfigError, VideoError, Vsr1Error
+from vsr1.errors import ConfigError, CorpusError, VideoError, Vsr1Error
 
 PROMPT_VERSION: Final = "1"  # to be raised with every change of the texts below; a test holds the two together
 SYSTEM: Final = (
@@ -266,7 +266,7 @@ def _ask(pair: Pair, teacher: Teacher, place: Callable[[str], Path], wait: Calla
         finish, text = _read_choice(said)
         if (reason := _useless(finish, text)) is not None:
             raise Unanswered(reason)
-    except (Unanswered, VideoError) as error:
+    except (Unanswered, VideoError, CorpusError) as error:
         return Rationale(*key, None, str(error), finish, read, written)
     return Rationale(*key, text, None, finish, read, written)
 

@@ -49,6 +49,7 @@ class Embedder(nn.Module):
         self.videos = videos
         self.instruction = instruction
         self.soft_tail = soft_tail
+        self._known_as: str | None = None
         self._before = self._ids(f"{IM_START}system\n{instruction}{IM_END}\n{IM_START}user\n")
         # with what this tokenizer ends every sequence with, if anything: that is then the token to be read
         self._after = self.tokenizer(f"{IM_END}\n{IM_START}assistant\n")["input_ids"]
@@ -66,11 +67,17 @@ class Embedder(nn.Module):
         saved = contents.saved
         head = checkpoints.load_embedder_head(stored, contents.width, f"'{contents.folder}'")
         tokenizer = checkpoints.load_tokenizer(contents.folder)
-        model = checkpoints.load_model(contents, Qwen3VLModel, dtype)
+        model = checkpoints.load_model(contents, Qwen3VLModel)
         settings = settings or checkpoints.settings_from(VideoSettings, saved.get("video", {}), contents.folder)
         instruction, soft_tail = saved.get("instruction", INSTRUCTION), saved.get("soft_tail", 0)
         videos = VideoEncoder(model.visual, settings)
-        return cls(model, tokenizer, videos, head=head, instruction=instruction, soft_tail=soft_tail).eval()
+        embedder = cls(model, tokenizer, videos, head=head, instruction=instruction, soft_tail=soft_tail).eval()
+        if dtype is not None:
+            embedder._known_as = (
+                embedder.identity
+            )  # whatever it computes in: a corpus made in another precision is its own, too
+            model.to(dtype)
+        return embedder
 
     @classmethod
     def tiny(
@@ -106,7 +113,10 @@ class Embedder(nn.Module):
 
     @property
     def identity(self) -> str:
-        """A short fingerprint of weights and template: a corpus remembers it and refuses another embedder's queries."""
+        """A short fingerprint of weights, as stored, and template: a corpus remembers it and refuses another embedder's
+        queries."""
+        if self._known_as is not None:
+            return self._known_as
         digest = hashlib.sha256(self.instruction.encode())
         for name, parameter in sorted(self.named_parameters()):
             sample = parameter.detach().flatten()[:256].float().cpu().numpy()

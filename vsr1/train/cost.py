@@ -51,6 +51,10 @@ GPUS = {
 }
 
 
+POLICIES = 2
+"""That are evaluated: those of both stages."""
+
+
 @dataclass(frozen=True)
 class Spent:
     """One thing that takes time in a phase; beside: it is done by processors while the GPU works."""
@@ -151,10 +155,10 @@ class Clock:
 def index(clock: Clock) -> list[Spent]:
     """Both corpora: every video once through tower and embedder."""
     models, work = clock.models, clock.work
-    videos = (work.train.videos + work.test.videos) / work.gpus
+    videos = work.train.videos + work.test.videos
     length = work.video.tokens
     pairs = videos * length**2 / 2
-    seconds = (work.train.videos * work.train.seconds + work.test.videos * work.test.seconds) / work.gpus
+    seconds = work.train.videos * work.train.seconds + work.test.videos * work.test.seconds
     return [
         Spent("index", "vision tower", clock.seen(videos)),
         Spent("index", "embedder", clock.read(models.embedder.text, videos * length, pairs, videos / 32)),
@@ -219,9 +223,10 @@ def grpo(clock: Clock) -> list[Spent]:
 
 
 def evaluation(clock: Clock) -> list[Spent]:
-    """The loop over all test queries, one trajectory each."""
+    """The loop over all test queries, one trajectory each, with the policies of both stages; on one GPU, however many train.
+    The ablations, which share most verdicts, and the baseline are not counted."""
     work = clock.work
-    queries = work.test.queries / work.gpus
+    queries = POLICIES * work.test.queries
     parts = math.ceil(queries / work.test_batch)
     loops = work.loops(work.test_turns)
     shown = queries * sum(loops)

@@ -131,7 +131,7 @@ def train(
             numbers = _update(f"stage '{stage}', step {index}", used, loss, numbers, settings.clip)
             if parallel.first() and (index % log_every == 0 or index + 1 == settings.steps):
                 keeper.monitor.record(stage, index, learning_rate=settings.learning_rate * rate, **numbers)
-            phase.update(index + 1, note=f"loss {numbers.get('loss', float('nan')):.3f}")
+            phase.update(index + 1, note=f"loss {numbers['loss']:.3f}" if "loss" in numbers else "nothing to learn")
             stop, last = parallel.anyone(pressed()) and (index + 1) % save_at == 0, index + 1 == settings.steps
             due = time.monotonic() - saved >= keeper.every and (index + 1) % save_at == 0
             if parallel.first() and (stop or due or last):

@@ -71,6 +71,11 @@ def first() -> bool:
     return rank() == 0
 
 
+def cores() -> int:
+    """The processors that this process may count on: its part of the machine's."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def share(items: Sequence[Item]) -> list[Item]:
     """What this process takes of the items of a step, which are the same in all: every `size`-th one. Without any, it still
     takes part in the step."""
