@@ -65,6 +65,14 @@ def per_query(
     kept = measurable(trajectories)
     if turns is not None:
         kept = outcomes.cut(kept, turns)
+    values = _per_query(kept, thresholds)
+    if turns is not None:
+        for threshold in thresholds:
+            del values[f"answered {threshold:g}"]
+    return values
+
+
+def _per_query(kept: Outcomes, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Floats]:
     first = kept.first[:-1]
     values: dict[str, Floats] = {}
     for stage, ranks in {"before": kept.rank[first], "after": kept.final_rank}.items():
@@ -78,8 +86,7 @@ def per_query(
         values[f"vcmr {threshold:g}"] = (overlaps >= threshold).astype(np.float64)
     values["mean_iou"] = overlaps
 
-    executed = np.diff(kept.first).astype(np.float64)
-    right = kept.answer == kept.right  # 1 for "matched" and 0 for "not_matched" are what `right` should be
+    executed, right = _executed(kept), _right(kept)
     values["ver"] = _totals(kept, right) / executed
     values["ver_turn1"] = right[first].astype(np.float64)
     values["ver_final"] = right[kept.first[1:] - 1].astype(np.float64)
@@ -90,11 +97,20 @@ def per_query(
     values["soft"] = _ratio(_totals(kept, np.nan_to_num(kept.soft)), refinements)
     rewritings = _totals(kept, ~np.isnan(kept.hard))
     values["hard"] = _ratio(_totals(kept, np.nan_to_num(kept.hard)), rewritings)
-    if turns is None:
-        for threshold in thresholds:
-            values[f"answered {threshold:g}"] = (np.fmax(overlaps, kept.fallback) >= threshold).astype(np.float64)
+    for threshold in thresholds:
+        values[f"answered {threshold:g}"] = (np.fmax(overlaps, kept.fallback) >= threshold).astype(np.float64)
     values["refinements"] = refinements
     return values
+
+
+def _executed(kept: Outcomes) -> Floats:
+    """How many turns each query took."""
+    return np.diff(kept.first).astype(np.float64)
+
+
+def _right(kept: Outcomes) -> Any:
+    """Whether each turn's answer is right."""
+    return kept.answer == kept.right  # 1 for "matched" and 0 for "not_matched" are what `right` should be
 
 
 def measurable(results: Results) -> Outcomes:
@@ -288,9 +304,10 @@ def summary(trajectories: Results, turns: int = 3, n: int = 2000, seed: int = 0)
     `turns` is the length of the loop that was run; `by_turns` cuts the trajectories after 1, .., `turns` turns.
     """
     table = outcomes.of(trajectories)
-    found = {name: interval.as_dict() for name, interval in intervals(per_query(table), n, seed).items()}
+    kept = measurable(table)
+    found = {name: interval.as_dict() for name, interval in intervals(_per_query(kept), n, seed).items()}
     keys = [f"{threshold:g}" for threshold in THRESHOLDS]
-    by_turns = [turn_figures(t, after_turns(table, t), n, seed) for t in range(1, turns + 1)]
+    by_turns = [turn_figures(t, _after_turns(kept, t), n, seed) for t in range(1, turns + 1)]
     ranks = [*(f"R@{k}" for k in RECALL_AT), "MRR"]
     return {
         "queries": len(table),
@@ -312,10 +329,19 @@ def summary(trajectories: Results, turns: int = 3, n: int = 2000, seed: int = 0)
 def after_turns(given: Outcomes, turns: int) -> dict[str, Floats]:
     """What the loop has reached after that many turns, one number a query that did not fail: `R@1` and `vcmr θ` there, `ver`
     with its weight `turns`, and `answered`, whether a video was accepted by then."""
-    cut = outcomes.cut(measurable(given), turns)
-    found = per_query(cut)
-    values = {"R@1": found["after R@1"], "answered": cut.matched.astype(np.float64)}
-    return values | {name: found[name] for name in ("ver", "turns", *(f"vcmr {at:g}" for at in THRESHOLDS))}
+    return _after_turns(measurable(given), turns)
+
+
+def _after_turns(kept: Outcomes, turns: int) -> dict[str, Floats]:
+    cut = outcomes.cut(kept, turns)
+    executed, right, overlaps = _executed(cut), _right(cut), _accepted_iou(cut)
+    return {
+        "R@1": (cut.final_rank <= 1).astype(np.float64),
+        "answered": cut.matched.astype(np.float64),
+        "ver": _totals(cut, right) / executed,
+        "turns": executed,
+        **{f"vcmr {at:g}": (overlaps >= at).astype(np.float64) for at in THRESHOLDS},
+    }
 
 
 def turn_figures(turns: int, values: Mapping[str, Floats], n: int = 2000, seed: int = 0) -> dict[str, Any]:

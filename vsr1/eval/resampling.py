@@ -67,8 +67,8 @@ def _multiplied(columns: Group, n: int, seed: int) -> list[Floats]:
     uneven = [place for place, total in enumerate(found) if np.isnan(total[0])]
     matrix = np.stack([columns[place] for place in uneven])
 
-    def draw() -> NDArray[np.int64]:
-        return generator.integers(0, size, size=(_BLOCK, size))
+    def draw() -> NDArray[np.int32]:
+        return generator.integers(0, size, size=(_BLOCK, size), dtype=np.int32)  # half the time of 64 bits
 
     # numpy draws without the interpreter: the next block, while this one is counted
     with ThreadPoolExecutor(1) as beside:
