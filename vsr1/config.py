@@ -162,6 +162,14 @@ def load(path: Path) -> RunConfig | DatasetConfig:
         raise ConfigError(f"'{path}': {error}") from error
 
 
+def of_run(folder: str | Path) -> RunConfig | DatasetConfig:
+    """The settings of a run folder; ConfigError where it is none."""
+    saved = Path(folder) / "config.yaml"
+    if not saved.is_file():
+        raise ConfigError(f"'{folder}' is no run folder (no config.yaml in it)")
+    return load(saved)
+
+
 _STAGES_TRAINED = ("vision", "embedder", "sft", "grpo")
 _ABOVE_ZERO = (
     "checkpoint_every",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +96,14 @@ class DatasetJob(Job):
             "embedder_size": embedder.model.config.text_config.hidden_size,
             "system": protocol_text(self.config.protocol_from or self.layout.sft),
         }
-        policy = Policy.from_pretrained(self.config.policy, settings=settings, dtype=self.dtype)
-        return self._ready(policy).to(self.device)
+        return self._loaded(settings)
 
     def given(self) -> Policy:
         """The policy as its folder says, asked in its own words or in those of `protocol_from`."""
         settings = {"system": protocol_text(self.config.protocol_from)} if self.config.protocol_from else None
+        return self._loaded(settings)
+
+    def _loaded(self, settings: dict[str, Any] | None) -> Policy:
         policy = Policy.from_pretrained(self.config.policy, settings=settings, dtype=self.dtype)
         return self._ready(policy).to(self.device)
 
@@ -130,9 +134,8 @@ class DatasetJob(Job):
         elif name == "validation" and self.watched:
             found = self._annotated(self.watched)
         else:
-            kept = self._held_out()
             inside = name == "validation"
-            found = [one for one in self._training() if (one.video_id in kept) == inside]
+            found = [one for one in self._training if (one.video_id in self._held_out) == inside]
         self._moments[name] = found
         return found
 
@@ -146,6 +149,7 @@ class DatasetJob(Job):
             self.monitor.say(f"{split}: {refused} of {report.rows} queries cannot be used (vsr1 data check '{path}')")
         return report.moments
 
+    @cached_property
     def _training(self) -> list[Moment]:
         """Every training query once: of the GRPO file, or, where there is none, of the annotations."""
         if not self.layout.grpo.is_file():
@@ -156,26 +160,24 @@ class DatasetJob(Job):
             if not row.augmented
         ]
 
+    @cached_property
     def _held_out(self) -> set[str]:
         """Training videos kept out of training: enough for `hold_out` queries, at most a tenth; none where the data set has a
         split for it. Which they are depends on their names alone."""
         if self.watched:
             return set()
-        moments = self._training()
-        wanted = min(self.config.hold_out, len(moments) // 10)
-        counts: dict[str, int] = {}
-        for one in moments:
-            counts[str(one.video_id)] = counts.get(str(one.video_id), 0) + 1
+        left = min(self.config.hold_out, len(self._training) // 10)
+        counts = Counter(str(one.video_id) for one in self._training)
         kept: set[str] = set()
         for video_id in sorted(counts, key=lambda name: hashlib.sha256(name.encode()).digest()):
-            if sum(counts[one] for one in kept) >= wanted:
+            if left <= 0:
                 break
             kept.add(video_id)
+            left -= counts[video_id]
         return kept
 
     def source(self, policy: Policy, embedder: Embedder, shelf: Shelf) -> Annotated:
-        kept = self._held_out()
-        rows = [row for row in read_sft(self.layout.sft) if row.video_id not in kept]
+        rows = [row for row in read_sft(self.layout.sft) if row.video_id not in self._held_out]
         settings = self.config.sft
         negatives = None
         if settings.negatives:
@@ -190,7 +192,11 @@ class DatasetJob(Job):
         return source
 
     def video_path(self, video_id: str) -> Path:
-        return Path(Corpus.open(self.layout.corpus(self.data.test)).path(video_id))
+        return self._tested.path(video_id)
+
+    @cached_property
+    def _tested(self) -> Corpus:
+        return Corpus.open(self.layout.corpus(self.data.test))
 
     def facts(self) -> dict[str, Any]:
         return {

@@ -36,7 +36,7 @@ class Engine:
     @classmethod
     def open_run(cls, folder: str | Path, corpus: str | Path | None = None) -> Engine:
         """Open the final models of a finished run of `vsr1 train`, with its test corpus or the `corpus` given."""
-        run = _checked_run(folder)
+        run = Path(folder)
         embedder, tested = _given(run)
         return cls.open(corpus or tested, run / "models" / "policy-grpo", embedder)
 
@@ -52,23 +52,17 @@ class Engine:
 
 def open_embedder(folder: str | Path, *, run: bool = False) -> Embedder:
     """The embedder in a model folder, or that of a `run` of `vsr1 train`; ConfigError where there is none."""
-    place = _given(_checked_run(folder))[0] if run else folder
+    place = _given(Path(folder))[0] if run else folder
     _check_model("embedder", place)
     return Embedder.from_pretrained(place)
 
 
 def _given(run: Path) -> tuple[str | Path, Path]:
     """The embedder of a run, which it made or was given, and the corpus it was tested on."""
-    config = configuration.load(run / "config.yaml")
+    config = configuration.of_run(run)
     if isinstance(config, DatasetConfig):
         return config.embedder, Layout(config.root).corpus(dataset(config.dataset).test)
     return run / "models" / "embedder", run / "corpus" / "test"
-
-
-def _checked_run(folder: str | Path) -> Path:
-    if not (Path(folder) / "config.yaml").is_file():
-        raise ConfigError(f"'{folder}' is no run folder (no config.yaml in it)")
-    return Path(folder)
 
 
 def _check_model(name: str, folder: str | Path) -> None:

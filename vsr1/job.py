@@ -47,9 +47,7 @@ def run(config: JobConfig) -> Path:
 
 def reopened(folder: Path) -> Job:
     """The job of a finished run folder, to ask more of what it has made; ConfigError where it is none, or not finished."""
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"'{folder}' is no run folder (no config.yaml in it)")
-    config = configuration.load(folder / "config.yaml")
+    config = configuration.of_run(folder)
     config.run = folder  # it may have been moved
     for stage in POLICIES:
         if not (folder / "models" / f"policy-{stage}").is_dir():

@@ -7,7 +7,6 @@ replies may have 1,024 tokens.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,7 +15,6 @@ from typing import Any
 
 from vsr1.command import Parser, guarded, no_bars
 from vsr1.errors import ConfigError
-from vsr1.files import write_whole
 
 GIVEN = "given"  # the name of the only stage in `eval.json`
 PUBLIC_TOKENS = 1024
@@ -58,6 +56,8 @@ def _parse(argv: Sequence[str]) -> Namespace:
 
 
 def _measure(arguments: Namespace) -> None:
+    from rich.console import Console
+
     from vsr1 import config as configuration
     from vsr1 import presets
     from vsr1.agent import rollout
@@ -67,7 +67,7 @@ def _measure(arguments: Namespace) -> None:
     from vsr1.dataset_job import DatasetJob, need
     from vsr1.eval.report import write_report
     from vsr1.stages import device_of
-    from vsr1.train.monitor import Monitor
+    from vsr1.train.monitor import Terminal
 
     no_bars()
     recipe = presets.dataset(dataset(arguments.preset).name, "2b", memory=arguments.memory)
@@ -82,15 +82,15 @@ def _measure(arguments: Namespace) -> None:
         turns=arguments.turns, exclude=not public, fall_back=True, batch=128, sampling=Sampling(max_tokens=most)
     )
     device = device_of(recipe.device)
-    with Monitor(arguments.run) as monitor:
-        job = DatasetJob(recipe, monitor, device)
-        moments = job.moments("test")[: arguments.queries or None]
-        embedder, policy = job.embedder(), job.given()
-        shelf = job.shelf("test", embedder, policy)
-        monitor.say(f"{len(moments)} queries, {len(shelf.video_ids)} videos")
-        with monitor.phase("evaluate", len(moments)) as phase:
-            speaker = recipe.evaluation.speaker()
-            found = rollout.run(policy, embedder, shelf, moments, settings=loop, speaker=speaker, progress=phase.update)
+    terminal = Terminal(Console())
+    job = DatasetJob(recipe, terminal, device)
+    moments = job.moments("test")[: arguments.queries or None]
+    embedder, policy = job.embedder(), job.given()
+    shelf = job.shelf("test", embedder, policy)
+    terminal.say(f"{len(moments)} queries, {len(shelf.video_ids)} videos")
+    with terminal.phase("evaluate", len(moments)) as phase:
+        speaker = recipe.evaluation.speaker()
+        found = rollout.run(policy, embedder, shelf, moments, settings=loop, speaker=speaker, progress=phase.update)
     head = {
         **job.facts(),
         "compat": arguments.compat,
@@ -110,6 +110,5 @@ def _write(arguments: Namespace, found: Sequence[Any], head: dict[str, Any]) -> 
     figures = metrics.summary(table, arguments.turns, seed=arguments.seed)
     figures["public"] = public.result(table, arguments.turns)
     figures["calibration"] = calibration.errors(found)
-    lines = "".join(json.dumps(exchange.as_json(one)) + "\n" for one in found)
-    for name, text in (("trajectories.jsonl", lines), ("eval.json", json.dumps({**head, GIVEN: figures}, indent=1))):
-        write_whole(arguments.run / name, text)
+    arguments.run.mkdir(parents=True)
+    exchange.write_results(arguments.run, found, {**head, GIVEN: figures})

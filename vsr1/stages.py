@@ -26,7 +26,8 @@ from vsr1.config import JobConfig
 from vsr1.errors import ConfigError, Vsr1Error
 from vsr1.eval import calibration, metrics
 from vsr1.eval.ablations import Ablations, Opened, baseline
-from vsr1.eval.evaluate import Evaluation, as_json, evaluate
+from vsr1.eval.evaluate import Evaluation, evaluate
+from vsr1.eval.exchange import write_results
 from vsr1.eval.report import write_report
 from vsr1.files import write_whole
 from vsr1.models.embedder import Embedder
@@ -303,9 +304,7 @@ class Job(ABC):
             "baselines": baselines,
             "difference": {name: interval.as_dict() for name, interval in difference.items()},
         }
-        lines = "".join(json.dumps(as_json(one)) + "\n" for one in found["grpo"].trajectories)
-        for name, text in (("trajectories.jsonl", lines), ("eval.json", json.dumps(result, indent=1))):
-            write_whole(self.folder / name, text)
+        write_results(self.folder, found["grpo"].trajectories, result)
 
 
 def _absent() -> Policy:

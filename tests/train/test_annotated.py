@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.train import datasets
+from tests.train.recorder import Recorder
 from vsr1.data.layout import Layout
 from vsr1.data.rows import SftRow, read_hard_negatives, read_sft
 from vsr1.data.world import World
@@ -186,7 +186,7 @@ def test_adapters_learn_alone_and_end_in_the_weights(
         optimisation=sft.Optimisation(steps=2, learning_rate=1e-2, warmup=0, muon=0.0), batch=2, lora_rank=2
     )
     before = {name: value.clone() for name, value in tiny_policy.model.named_parameters()}
-    monitor: Any = SimpleNamespace(phase=lambda *_: Phase(), record=lambda *_, **__: None)
+    monitor: Any = Recorder()
     keeper = sft.Keeper(tmp_path, monitor, float("inf"))
     drawer = source(tiny_policy, layout, shelf, batch=2)
     sft.train_sft(tiny_policy, tiny_embedder, drawer, shelf, settings, keeper)
@@ -194,14 +194,3 @@ def test_adapters_learn_alone_and_end_in_the_weights(
     assert after.keys() == before.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("_proj" in name and "visual" not in name for name in changed)
-
-
-class Phase:
-    def __enter__(self) -> Phase:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, *_: object, **__: object) -> None:
-        pass

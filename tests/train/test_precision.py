@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from tests.train.recorder import Recorder
 from vsr1.agent import generate
 from vsr1.data.world import World
 from vsr1.errors import Vsr1Error
@@ -141,26 +142,6 @@ def test_nothing_is_left_behind() -> None:
 
 
 # The two stages
-
-
-class Recorder:
-    """A monitor that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, float]] = []
-
-    def record(self, stage: str, step: int, **values: float) -> None:
-        self.lines.append({"step": step, **values})
-
-    def phase(self, *_: Any, **__: Any) -> Any:
-        return self
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    def update(self, *_: Any, **__: Any) -> None: ...
 
 
 @pytest.fixture

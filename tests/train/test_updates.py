@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.train.recorder import Recorder
 from vsr1.agent import rollout
 from vsr1.data.world import World
 from vsr1.errors import ConfigError
@@ -23,26 +24,6 @@ from vsr1.train.grpo import GrpoTraining
 from vsr1.train.library import Shelf
 from vsr1.train.loop import Keeper, Optimisation
 from vsr1.train.sft import trainable
-
-
-class Recorder:
-    """A monitor that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, float]] = []
-
-    def record(self, stage: str, step: int, **values: float) -> None:
-        self.lines.append({"step": step, **values})
-
-    def phase(self, *_: Any, **__: Any) -> Any:
-        return self
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    def update(self, *_: Any, **__: Any) -> None: ...
 
 
 def unlike(trajectory: Any, context: Any) -> float:

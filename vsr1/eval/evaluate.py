@@ -14,7 +14,6 @@ from vsr1.agent.rollout import Library
 from vsr1.eval import ablations, calibration, metrics, outcomes, public
 from vsr1.eval.ablations import METHOD, Ablations
 from vsr1.eval.ablations import EvaluationSettings as EvaluationSettings
-from vsr1.eval.exchange import as_json as as_json
 from vsr1.models.embedder import Embedder
 from vsr1.models.policy import Policy
 from vsr1.records import Moment, Trajectory

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from vsr1.errors import Vsr1Error
 from vsr1.eval import outcomes
 from vsr1.eval.outcomes import ANSWERS, MATCHED, Fallback, Outcomes, Query, Shown
 from vsr1.eval.spans import iou
+from vsr1.files import write_whole
 from vsr1.records import Stop, Trajectory
 
 Json = dict[str, Any]
@@ -196,6 +197,12 @@ def _public_turns(record: Mapping[str, Any]) -> list[Json]:
             }
         )
     return taken
+
+
+def write_results(folder: Path, trajectories: Sequence[Trajectory], result: Json) -> None:
+    """What an evaluation leaves in a folder: `trajectories.jsonl`, then `eval.json`, whose presence says that it is done."""
+    write_whole(folder / "trajectories.jsonl", "".join(json.dumps(as_json(one)) + "\n" for one in trajectories))
+    write_whole(folder / "eval.json", json.dumps(result, indent=1))
 
 
 def read(path: Path) -> Found:

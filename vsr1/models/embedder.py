@@ -73,9 +73,8 @@ class Embedder(nn.Module):
         videos = VideoEncoder(model.visual, settings)
         embedder = cls(model, tokenizer, videos, head=head, instruction=instruction, soft_tail=soft_tail).eval()
         if dtype is not None:
-            embedder._known_as = (
-                embedder.identity
-            )  # whatever it computes in: a corpus made in another precision is its own, too
+            # whatever it computes in: a corpus that it made in another precision is its own, too
+            embedder._known_as = embedder.identity
             model.to(dtype)
         return embedder
 

@@ -182,7 +182,7 @@ class _Stage:
         model, normed = policy.model.model, policy.settings.first_latent == "normed"
         hidden, state = backbone.run(model, [one.row for one in drawn], keep_cache=bool(rows), normed=normed)
         spoken = hidden if normed else model.language_model.norm(hidden)
-        loss = say_loss(policy, spoken, drawn) * (sum(sum(one.weights) for one in drawn) / totals.weight)
+        loss = say_loss(policy, spoken, drawn, totals.weight)
         numbers = {"say": loss}
         if not rows:
             return loss, numbers
@@ -227,9 +227,10 @@ def trainable(policy: Policy, head_learning_rate: float, *, adapters: bool = Fal
     return [{"params": model}, {"params": list(policy.head.parameters()), "lr": head_learning_rate}]
 
 
-def say_loss(policy: Policy, hidden: Tensor, examples: Sequence[Example]) -> Tensor:
-    """Weighted cross-entropy of the replies; hidden (B, L, H) is left-padded: n tokens are read off the last n columns."""
+def say_loss(policy: Policy, hidden: Tensor, examples: Sequence[Example], denominator: float | None = None) -> Tensor:
+    """Weighted cross-entropy of the replies, divided as in `sft_loss`; hidden (B, L, H) is left-padded: n tokens are read off
+    the last n columns."""
     replies = [one.reply for one in examples]
     weight = torch.tensor([value for one in examples for value in one.weights], device=hidden.device)
     logp = backbone.spoken_logps(hidden, policy.model.lm_head.weight, replies, last_is_fed=False)
-    return sft_loss(logp[None], weight[None])
+    return sft_loss(logp[None], weight[None], denominator=denominator)
